@@ -1,0 +1,114 @@
+"""What the adversary may do: the norm ball around x, cut to the bounds of the input space."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advmeta.types import Array, Key
+
+NORMS = ("linf", "l2")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ThreatModel:
+    """The set of inputs that count as a perturbation of x.
+
+    ``{x' : ||x' - x||_norm <= epsilon and lower <= x' <= upper}``
+
+    ``epsilon`` is a pytree leaf, so it may be traced, and it may be an array [n] with one radius an
+    example. The norm and the bounds are static.
+
+    Args:
+      norm: "linf" or "l2", over all axes of one example.
+      epsilon: radius in the units of x; a number or an array [n].
+      bounds: the smallest and the largest value that an input may have.
+
+    Raises:
+      ValueError: unknown norm, negative or non-finite epsilon, bounds out of order.
+
+    Example:
+      >>> advmeta.ThreatModel("linf", epsilon=8 / 255)
+      ThreatModel(norm='linf', epsilon=0.03137254901960784, bounds=(0.0, 1.0))
+    """
+
+    norm: Literal["linf", "l2"] = dataclasses.field(default="linf", metadata={"static": True})
+    epsilon: float | Array = 0.1
+    bounds: tuple[float, float] = dataclasses.field(default=(0.0, 1.0), metadata={"static": True})
+
+    def __post_init__(self):
+        if self.norm not in NORMS:
+            raise ValueError(f"norm={self.norm!r} is unknown; the known norms are {list(NORMS)}")
+        lower, upper = self.bounds
+        if not lower < upper:
+            raise ValueError(
+                f"bounds={self.bounds!r}: the lower bound must be below the upper one; "
+                "images in [0, 1] have bounds=(0.0, 1.0)"
+            )
+        # Tracers, and the placeholders that tree transformations put here, cannot be looked at.
+        if isinstance(self.epsilon, (int, float, np.ndarray, np.number)):
+            epsilon = np.asarray(self.epsilon)
+            if not (np.isfinite(epsilon).all() and (epsilon >= 0).all()):
+                raise ValueError(
+                    f"epsilon={self.epsilon!r} must be finite and at least 0: it is the radius of "
+                    "the ball, in the units of x (for 8-bit images in [0, 1] often 8 / 255)"
+                )
+
+    def radius(self, x: Array) -> Array:
+        """Epsilon, shaped to broadcast over the examples of x [n, ...]."""
+        epsilon = jnp.asarray(self.epsilon, x.dtype)
+        return epsilon.reshape(epsilon.shape + (1,) * (x.ndim - 1)) if epsilon.ndim else epsilon
+
+    def distance(self, x: Array, x_adv: Array) -> Array:
+        """The norm of x_adv - x for each example, [n]."""
+        flat = jnp.abs(x_adv - x).reshape(x.shape[0], -1)
+        return flat.max(axis=1) if self.norm == "linf" else jnp.sqrt(jnp.square(flat).sum(axis=1))
+
+    def project(self, x_adv: Array, x: Array) -> Array:
+        """The point of the ball nearest to x_adv, then clipped to the bounds.
+
+        Clipping moves every coordinate towards x, which is in bounds, so it cannot leave the ball.
+        """
+        radius = self.radius(x)
+        if self.norm == "linf":
+            delta = jnp.clip(x_adv - x, -radius, radius)
+        else:
+            delta = x_adv - x
+            delta = delta * jnp.minimum(1.0, radius / jnp.maximum(_l2(delta), 1e-12))
+        return jnp.clip(x + delta, *self.bounds)
+
+    def steepest(self, gradient: Array) -> Array:
+        """The direction of unit norm along which a linear loss with this gradient grows fastest."""
+        if self.norm == "linf":
+            return jnp.sign(gradient)
+        return gradient / jnp.maximum(_l2(gradient), 1e-12)
+
+    def random_start(self, keys: Key, x: Array) -> Array:
+        """A point uniform in each example's ball, clipped to the bounds. keys [n]."""
+        if self.norm == "linf":
+            noise = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], x.dtype, -1, 1))(keys)
+        else:
+            dimension = x[0].size
+            noise = jax.vmap(lambda k: jax.random.ball(k, dimension, p=2, dtype=x.dtype))(keys)
+            noise = noise.reshape(x.shape)
+        return jnp.clip(x + self.radius(x) * noise, *self.bounds)
+
+
+def example_keys(key: Key, x: Array) -> Key:
+    """One key an example [n], made from the key and the example's own bits.
+
+    An attack that draws with these gives each example the same random numbers whatever the batch it
+    is in and wherever in it it stands.
+    """
+    words = jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1).astype(jnp.float32), jnp.uint32)
+    # A random odd multiplier a position makes the sum (mod 2^32) a universal hash of the words.
+    multiplier = jax.random.bits(jax.random.key(0), words.shape[1:], jnp.uint32) | jnp.uint32(1)
+    return jax.vmap(lambda word: jax.random.fold_in(key, word))((words * multiplier).sum(axis=1))
+
+
+def _l2(v: Array) -> Array:
+    axes = tuple(range(1, v.ndim))
+    return jnp.sqrt(jnp.square(v).sum(axis=axes, keepdims=True))
