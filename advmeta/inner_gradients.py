@@ -1,0 +1,99 @@
+"""The gradient that an inner step gives to the optimizer: (task, params, key) -> (loss, gradient).
+
+It is taken on a batch of training examples that are clean, noisy, attacked now (adversarial
+training), or were attacked once for another model (replayed).
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import optax
+from jax.tree_util import Partial
+
+from advmeta.attacks.projected_gradient import pgd
+from advmeta.tasks import Task, draw
+from advmeta.types import Array, Batch, Key, Params
+
+InnerGradient = Callable[[Task, Params, Key], tuple[Array, Params]]
+
+
+def mean_cross_entropy(task: Task, params: Params, batch: Batch) -> Array:
+    """The mean loss [] of a model on a batch."""
+    logits = task.optimizee.apply(params, batch.x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.y).mean()
+
+
+def attacked(task: Task, params: Params, batch: Batch, key: Key, steps: int) -> Batch:
+    """The batch with its inputs moved by PGD, one restart; nothing differentiates through it."""
+    params, batch = jax.lax.stop_gradient((params, batch))
+    logits_fn = Partial(task.optimizee.apply, params)
+    result = pgd(logits_fn, *batch, threat_model=task.threat_model, key=key, steps=steps)
+    return batch._replace(x=jax.lax.stop_gradient(result.x_adv))
+
+
+def clean(task: Task, params: Params, key: Key) -> tuple[Array, Params]:
+    """The examples as they are.
+
+    ``grad_theta mean_i CE(f_theta(x_i), y_i)``
+    """
+    batch = draw(task.train, key, task.batch_size)
+    return jax.value_and_grad(mean_cross_entropy, argnums=1)(task, params, batch)
+
+
+def noisy(sigma: float | Array) -> InnerGradient:
+    """The examples with Gaussian noise of standard deviation sigma, clipped to the bounds."""
+
+    def gradient(task: Task, params: Params, key: Key):
+        draw_key, noise_key = jax.random.split(key)
+        batch = draw(task.train, draw_key, task.batch_size)
+        x = batch.x + sigma * jax.random.normal(noise_key, batch.x.shape, batch.x.dtype)
+        batch = batch._replace(x=x.clip(*task.threat_model.bounds))
+        return jax.value_and_grad(mean_cross_entropy, argnums=1)(task, params, batch)
+
+    return gradient
+
+
+def adversarial(steps: int = 7) -> InnerGradient:
+    """The examples attacked by PGD on the current parameters: adversarial training.
+
+    ``grad_theta mean_i max_{x' in ball(x_i)} CE(f_theta(x'), y_i)``
+
+    Reference:
+      Madry et al. 2018, eq. 2.1. arXiv:1706.06083
+    """
+
+    def gradient(task: Task, params: Params, key: Key):
+        draw_key, attack_key = jax.random.split(key)
+        batch = draw(task.train, draw_key, task.batch_size)
+        batch = attacked(task, params, batch, attack_key, steps)
+        return jax.value_and_grad(mean_cross_entropy, argnums=1)(task, params, batch)
+
+    return gradient
+
+
+def replayed(task: Task, params: Params, key: Key) -> tuple[Array, Params]:
+    """Adversarial examples made once, for another model of the same data: ``task.replay``.
+
+    Raises:
+      ValueError: the task has none; `advmeta.unroll.with_replay` makes them.
+    """
+    if task.replay is None:
+        raise ValueError(
+            "the task has no replayed examples: make them with "
+            "advmeta.unroll.with_replay(task, key), or give Task(replay=x_adv)"
+        )
+    on_replay = dataclasses.replace(task, train=task.train._replace(x=task.replay))
+    return clean(on_replay, params, key)
+
+
+def by_name(name: str) -> InnerGradient:
+    """One of "clean", "adversarial" (PGD with 7 steps) and "replayed".
+
+    Raises:
+      ValueError: another name.
+    """
+    known = {"clean": clean, "adversarial": adversarial(), "replayed": replayed}
+    if name not in known:
+        raise ValueError(f"inner_gradient={name!r} is unknown; the known ones are {list(known)}")
+    return known[name]

@@ -1,0 +1,94 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures.tiny import compile_fast as compile_fast
+from fixtures.tiny import random_like, tiny_task
+
+from advmeta import inner_gradients, optimizees
+from advmeta.inner_gradients import adversarial, attacked, clean, noisy, replayed
+from advmeta.tasks import draw
+
+KEY = jax.random.key(0)
+TASK = tiny_task(optimizees.linear(3))
+PARAMS = random_like({"layer_0": {"bias": np.zeros(3, np.float32),
+                                  "kernel": np.zeros((4, 3), np.float32)}})  # fmt: skip
+
+
+def close(a, b, atol=1e-5):
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, atol=atol), a, b)
+
+
+def softmax_regression(x, y):
+    """Loss and gradient of the linear model, written out.
+
+    Of -log p_y with p = softmax(W x + b): d / d logits = p - e_y, so db = p - e_y
+    and dW = x (p - e_y)^T.
+    """
+    x = np.asarray(x).reshape(len(y), -1)
+    logits = x @ PARAMS["layer_0"]["kernel"] + PARAMS["layer_0"]["bias"]
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    error = p - np.eye(3)[np.asarray(y)]
+    loss = -np.log(p[np.arange(len(y)), y]).mean()
+    return loss, {"layer_0": {"bias": error.mean(axis=0), "kernel": x.T @ error / len(y)}}
+
+
+def test_clean_is_the_gradient_of_the_mean_cross_entropy():
+    batch = draw(TASK.train, KEY, TASK.batch_size)
+    close(jax.jit(clean)(TASK, PARAMS, KEY), softmax_regression(*batch))
+
+
+def test_adversarial_is_the_gradient_on_the_attacked_batch():
+    draw_key, attack_key = jax.random.split(KEY)
+    batch = draw(TASK.train, draw_key, TASK.batch_size)
+    moved = jax.jit(attacked, static_argnums=4)(TASK, PARAMS, batch, attack_key, 3)
+    found = jax.jit(adversarial(steps=3))(TASK, PARAMS, KEY)
+    close(found, softmax_regression(*moved))
+    assert found[0] > softmax_regression(*batch)[0] + 0.01
+
+
+def test_attacked_moves_each_example_within_its_ball():
+    moved = jax.jit(attacked, static_argnums=4)(TASK, PARAMS, TASK.train, KEY, 3)
+    distance = TASK.threat_model.distance(TASK.train.x, moved.x)
+    assert distance.max() <= 0.1 * (1 + 1e-5) and distance.min() > 0
+    np.testing.assert_array_equal(moved.y, TASK.train.y)
+    assert softmax_regression(*moved)[0] > softmax_regression(*TASK.train)[0] + 0.01
+
+
+def test_nothing_is_differentiated_through_the_attack():
+    def objective(params):
+        return attacked(TASK, params, TASK.train, KEY, 2).x.sum()
+
+    close(jax.jit(jax.grad(objective))(PARAMS), jax.tree.map(np.zeros_like, PARAMS), atol=0)
+
+
+def test_replayed_examples_take_the_place_of_the_clean_ones():
+    moved = 1 - TASK.train.x
+    task = tiny_task(TASK.optimizee, replay=moved)
+    batch = draw(task.train._replace(x=moved), KEY, task.batch_size)
+    close(jax.jit(replayed)(task, PARAMS, KEY), softmax_regression(*batch))
+
+
+def test_noise():
+    # A deviation of 0 is the clean gradient; one of 10 changes it, but not the bounds.
+    batch = draw(TASK.train, jax.random.split(KEY)[0], TASK.batch_size)
+    close(jax.jit(noisy(0.0))(TASK, PARAMS, KEY), softmax_regression(*batch))
+    _, gradient = jax.jit(noisy(10.0))(TASK, PARAMS, KEY)
+    # Of one example dW_ij = x_i (p - e_y)_j, at most 1 as x is in [0, 1].
+    kernel = gradient["layer_0"]["kernel"]
+    assert jnp.abs(kernel).max() <= 1
+    assert jnp.abs(kernel - softmax_regression(*batch)[1]["layer_0"]["kernel"]).max() > 0.01
+
+
+def test_replay_must_be_there():
+    with pytest.raises(ValueError, match=r"no replayed examples.*with_replay\(task, key\)"):
+        replayed(TASK, PARAMS, KEY)
+
+
+def test_names():
+    assert inner_gradients.by_name("clean") is clean
+    assert inner_gradients.by_name("replayed") is replayed
+    with pytest.raises(
+        ValueError, match=r"'noise' is unknown; .*'clean', 'adversarial', 'replayed'"
+    ):
+        inner_gradients.by_name("noise")
