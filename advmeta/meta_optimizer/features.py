@@ -1,0 +1,116 @@
+"""What the LSTM sees of a coordinate: its gradient, its parameter and its layer.
+
+Every feature is scale-free or a bounded function of a logarithm, so that a meta-optimizer trained
+on one model can be used on another.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from advmeta.types import Array, Params
+
+FEATURES = ("log_sign", "adam", "parameter", "layer")
+
+
+class LayerPosition(NamedTuple):
+    """Where a tensor stands in the model and how large it is; known from the tree alone."""
+
+    first: bool
+    last: bool
+    bias: bool  # rank 1 or 0: biases, and scales of normalisation
+    fan_in: int
+    fan_out: int
+
+
+def log_sign(gradient: Array, p: float = 10.0) -> Array:
+    """The gradient's magnitude on a logarithmic scale, and its sign. [...] -> [..., 2]
+
+    ``(log|g| / p, sign g)  if |g| >= exp(-p),  else  (-1, exp(p) g)``
+
+    Reference:
+      Andrychowicz et al. 2016, Learning to learn by gradient descent by gradient descent,
+      appendix A. arXiv:1606.04474
+    """
+    magnitude = jnp.abs(gradient)
+    large = magnitude >= math.exp(-p)
+    log = jnp.log(jnp.where(large, magnitude, 1.0)) / p
+    return jnp.stack(
+        [
+            jnp.where(large, log, -1.0),
+            jnp.where(large, jnp.sign(gradient), math.exp(p) * gradient),
+        ],
+        axis=-1,
+    )
+
+
+def root_mean_square(parameter: Array) -> Array:
+    """RMS over the whole tensor; 1e-3 where it is zero, as biases are at the start."""
+    return jnp.sqrt(jnp.mean(jnp.square(parameter)) + 1e-6)
+
+
+def parameter_features(parameter: Array) -> Array:
+    """The parameter in units of its tensor's RMS. [...] -> [..., 1]"""
+    return (parameter / root_mean_square(parameter))[..., None]
+
+
+def layer_features(parameter: Array, position: LayerPosition) -> tuple[Array, ...]:
+    """What the coordinate's layer looks like, as three arrays that broadcast to it.
+
+    The tensor: first, last, bias, log fan-in, log fan-out, log RMS. The row (all weights of one
+    input) and the column (all weights of one output): mean |parameter| over RMS. A layer in the
+    middle is neither first nor last, and not a flag of its own: one that meta-training has never
+    seen raised would feed untrained weights to the LSTM.
+    """
+    rms = root_mean_square(parameter)
+    tensor = jnp.array(
+        [
+            position.first,
+            position.last,
+            position.bias,
+            math.log(position.fan_in) / 10,
+            math.log(position.fan_out) / 10,
+        ],
+        jnp.float32,
+    )
+    tensor = jnp.append(tensor, jnp.log(rms) / 10)
+    size = jnp.abs(parameter) / rms
+    if position.bias:
+        row = column = size.mean()
+    else:
+        row = size.mean(axis=-1, keepdims=True)
+        column = size.mean(axis=tuple(range(parameter.ndim - 1)), keepdims=True)
+    return tensor, row[..., None], column[..., None]
+
+
+def layer_positions(params: Params) -> list[LayerPosition]:
+    """The position of every leaf, in the order of `jax.tree.leaves`.
+
+    A layer is a set of leaves with the same parent, and layers follow each other as their names
+    do, with numbers compared as numbers. First and last are counted over the layers that have a
+    kernel, a leaf of rank 2 or more with axes (..., inputs, outputs).
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    parents = [_natural_order(path[:-1]) for path, _ in leaves]
+    kernels = sorted({q for q, (_, x) in zip(parents, leaves, strict=True) if jnp.ndim(x) >= 2})
+    return [_position(parent, jnp.shape(x), kernels) for parent, (_, x) in
+            zip(parents, leaves, strict=True)]  # fmt: skip
+
+
+def _position(parent: tuple, shape: tuple[int, ...], kernels: list[tuple]) -> LayerPosition:
+    return LayerPosition(
+        first=bool(kernels) and parent == kernels[0],
+        last=bool(kernels) and parent == kernels[-1],
+        bias=len(shape) < 2,
+        fan_in=max(1, math.prod(shape[:-1])),
+        fan_out=max(1, shape[-1] if shape else 1),
+    )
+
+
+def _natural_order(path) -> tuple:
+    """Sorts layer_10 after layer_2."""
+    words = re.split(r"(\d+)", jax.tree_util.keystr(path))
+    return tuple((int(w), "") if w.isdigit() else (-1, w) for w in words)

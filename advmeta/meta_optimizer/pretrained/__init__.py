@@ -1,0 +1,50 @@
+"""Meta-optimizers that come with the package, each with a card that says how it was made."""
+
+import os
+import pathlib
+
+import optax
+
+from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
+from advmeta.meta_optimizer.weights import load_weights
+
+_FOLDER = pathlib.Path(__file__).parent
+
+
+def list_pretrained() -> list[str]:
+    """The names that `load_meta_optimizer` knows.
+
+    Example:
+      >>> advmeta.list_pretrained()
+      ['digits-linf']
+    """
+    return sorted(path.stem for path in _FOLDER.glob("*.safetensors"))
+
+
+def load_meta_optimizer(name_or_path: str | os.PathLike) -> optax.GradientTransformationExtraArgs:
+    """A meta-trained optimizer, ready to use: it needs no learning rate.
+
+    Args:
+      name_or_path: one of `list_pretrained`, or a .safetensors file with its card beside it.
+
+    Raises:
+      ValueError: an unknown name, or a file that `load_weights` refuses.
+
+    Example:
+      >>> optimizer = advmeta.load_meta_optimizer("digits-linf")
+      >>> params = {"kernel": jnp.ones((64, 10)), "bias": jnp.zeros(10)}
+      >>> state = optimizer.init(params)
+      >>> updates, state = optimizer.update(params, state, params)  # params as a gradient
+      >>> params = optax.apply_updates(params, updates)
+    """
+    if str(name_or_path).endswith(".safetensors"):
+        path = pathlib.Path(name_or_path)
+    elif name_or_path in list_pretrained():
+        path = _FOLDER / f"{name_or_path}.safetensors"
+    else:
+        raise ValueError(
+            f"meta-optimizer {str(name_or_path)!r} is unknown; the known ones are "
+            f"{list_pretrained()}, or give a file that ends in '.safetensors'"
+        )
+    meta_params, config, _ = load_weights(path)
+    return scale_by_meta_optimizer(meta_params, config)

@@ -1,0 +1,87 @@
+"""Meta-parameters on disk: a safetensors file with a JSON card beside it. Nothing is unpickled."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from advmeta.meta_optimizer.transform import MetaOptimizerConfig, check_meta_params
+from advmeta.types import MetaParams
+
+
+def save_weights(
+    path: str | os.PathLike, meta_params: MetaParams, config: MetaOptimizerConfig, **card
+) -> None:
+    """Writes ``path`` (safetensors) and its card, the same name ending in ``.json``.
+
+    Args:
+      path: ends in ".safetensors".
+      meta_params: the weights.
+      config: what they fit.
+      **card: anything else that JSON can hold and a later user should know.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path={str(path)!r} must end in '.safetensors'")
+    check_meta_params(meta_params, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {k: np.asarray(v) for k, v in flatten_dict(meta_params, sep="/").items()}
+    card = {"meta_optimizer": dataclasses.asdict(config), **card}
+    temporary = path.with_suffix(".tmp")
+    save_file(arrays, temporary)
+    os.replace(temporary, path)
+    temporary.write_text(json.dumps(card, indent=2) + "\n")
+    os.replace(temporary, path.with_suffix(".json"))
+
+
+def load_weights(path: str | os.PathLike) -> tuple[MetaParams, MetaOptimizerConfig, dict]:
+    """Reads what `save_weights` wrote: the meta-parameters, their config, and the whole card.
+
+    Raises:
+      ValueError: no such files, not safetensors, a card that is not JSON or lacks the config, or
+        weights whose shapes do not fit it.
+    """
+    path = pathlib.Path(path)
+    card = _read_card(path.with_suffix(".json"))
+    try:
+        fields = card["meta_optimizer"]
+        config = MetaOptimizerConfig(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path.with_suffix('.json')} has no 'meta_optimizer' that is a "
+            f"MetaOptimizerConfig: {error!r}"
+        ) from error
+    try:
+        arrays = load_file(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {str(path)!r}") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{str(path)!r} is not a safetensors file ({error}); nothing else is read, pickles and "
+            "msgpack neither: save weights with advmeta.save_weights"
+        ) from error
+    meta_params = unflatten_dict({k: jnp.asarray(v) for k, v in arrays.items()}, sep="/")
+    check_meta_params(meta_params, config)
+    return meta_params, config, card
+
+
+def _read_card(path: pathlib.Path) -> dict:
+    try:
+        card = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"there is no card {str(path)!r}: weights are a .safetensors file and a .json beside it"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{str(path)!r} holds {type(card).__name__}; a card is a JSON object")
+    return card

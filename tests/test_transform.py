@@ -1,0 +1,426 @@
+"""The meta-optimizer as an optax transformation, with every feature set, beside optax.adam."""
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from fixtures.tiny import compile_fast as compile_fast
+from fixtures.tiny import random_like, random_meta_params
+from optax._src.base import NO_PARAMS_MSG
+
+from advmeta.meta_optimizer import FEATURES, MetaOptimizerConfig, scale_by_meta_optimizer
+
+STEPS = 4
+PARAMS = {"layer_0": {"bias": np.zeros(2, np.float32), "kernel": np.ones((3, 2), np.float32)}}
+# Parameters and gradients of each step are given, so that what an optimizer does at a step depends
+# on its own state alone and not on what a wrapper makes of its updates.
+PARAMS_T = random_like(PARAMS, seed=1, leading=(STEPS,))
+GRADIENTS_T = random_like(PARAMS, seed=2, leading=(STEPS,))
+KERNEL = {"layer_0": {"bias": False, "kernel": True}}  # a mask
+
+CONFIGS = {
+    "log_sign": MetaOptimizerConfig((2,), ("log_sign",)),
+    "adam": MetaOptimizerConfig((2,), ("adam",)),
+    "parameter": MetaOptimizerConfig((2,), ("parameter",)),
+    "layer": MetaOptimizerConfig((2,), ("layer",)),
+    "log_sign+adam": MetaOptimizerConfig((2,), ("log_sign", "adam")),
+    "all": MetaOptimizerConfig((2, 3), FEATURES),
+}
+OPTIMIZERS = [*CONFIGS, "optax.adam"]
+
+
+def make(name):
+    if name == "optax.adam":
+        return optax.with_extra_args_support(optax.adam(1e-2))
+    return scale_by_meta_optimizer(random_meta_params(CONFIGS[name]), CONFIGS[name])
+
+
+@functools.cache
+def compiled(name):
+    """The optimizer with a compiled update, which the tests share."""
+    return compile_update(make(name))
+
+
+def compile_update(optimizer):
+    return optax.GradientTransformationExtraArgs(optimizer.init, jax.jit(optimizer.update))
+
+
+def at(tree, t):
+    return jax.tree.map(lambda a: a[t], tree)
+
+
+def loop(optimizer, gradients=GRADIENTS_T, params=PARAMS_T, state=None):
+    """Updates of each step, and the last state."""
+    state = optimizer.init(at(params, 0)) if state is None else state
+    updates = []
+    for t in range(len(jax.tree.leaves(gradients)[0])):
+        u, state = optimizer.update(at(gradients, t), state, at(params, t))
+        updates.append(u)
+    return updates, state
+
+
+@functools.cache
+def reference(name):
+    return loop(compiled(name))
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol, atol), a, b)
+
+
+def assert_equal(a, b):
+    assert_close(a, b, 0, 0)
+    assert jax.tree.map(jnp.result_type, a) == jax.tree.map(jnp.result_type, b)
+
+
+def kernels(updates):
+    return [u["layer_0"]["kernel"] for u in updates]
+
+
+def biases(updates):
+    return [u["layer_0"]["bias"] for u in updates]
+
+
+# What must hold of an optax optimizer, one function a row of the table.
+
+
+def chain_after_clip(name):
+    # Clipping to 0.5 is the optimizer on g * min(1, 0.5 / ||g||).
+    norms = [optax.global_norm(at(GRADIENTS_T, t)) for t in range(STEPS)]
+    factors = np.minimum(1, 0.5 / np.array(norms))
+    assert factors.max() < 1
+    clipped = jax.tree.map(lambda g: (g.T * factors).T.astype(np.float32), GRADIENTS_T)
+    chained = optax.chain(optax.clip_by_global_norm(0.5), compiled(name))
+    assert_close(loop(chained)[0], loop(compiled(name), clipped)[0], rtol=1e-4, atol=1e-5)
+
+
+def masked(name):
+    updates, _ = loop(optax.masked(compiled(name), KERNEL))
+    assert_close(kernels(updates), kernels(reference(name)[0]))
+    assert_equal(biases(updates), [at(GRADIENTS_T, t)["layer_0"]["bias"] for t in range(STEPS)])
+
+
+def partition(name):
+    labels = {"layer_0": {"bias": "sgd", "kernel": "learned"}}
+    parts = {"sgd": optax.sgd(0.1), "learned": compiled(name)}
+    updates, _ = loop(optax.partition(parts, labels))
+    assert_close(kernels(updates), kernels(reference(name)[0]))
+    sgd = [-0.1 * at(GRADIENTS_T, t)["layer_0"]["bias"] for t in range(STEPS)]
+    assert_close(biases(updates), sgd)
+
+
+def multi_steps(name):
+    # Three updates of zero, then the optimizer's first, on the mean gradient.
+    params = jax.tree.map(lambda p: np.stack([p[3]] * STEPS), PARAMS_T)
+    updates, _ = loop(compile_update(optax.MultiSteps(compiled(name), 4)), params=params)
+    zeros = jax.tree.map(np.zeros_like, PARAMS)
+    for t in range(3):
+        assert_equal(updates[t], zeros)
+    mean = jax.tree.map(lambda g: g.mean(axis=0), GRADIENTS_T)
+    first, _ = compiled(name).update(mean, compiled(name).init(PARAMS), at(params, 3))
+    assert_close(updates[3], first, rtol=1e-4)
+
+
+def apply_if_finite(name):
+    # A step with a NaN gives an update of zero, and the others as if it had not been.
+    with_nan = jax.tree.map(lambda g: np.insert(g, 1, np.nan, axis=0), GRADIENTS_T)
+    params = jax.tree.map(lambda p: np.insert(p, 1, p[0], axis=0), PARAMS_T)
+    wrapped = compile_update(optax.apply_if_finite(compiled(name), 2))
+    updates, state = loop(wrapped, with_nan, params)
+    assert_equal(updates.pop(1), jax.tree.map(np.zeros_like, PARAMS))
+    assert int(state.total_notfinite) == 1
+    assert_close(updates, reference(name)[0])
+
+
+def inject_hyperparams(name):
+    factory = optax.inject_hyperparams(lambda step: optax.chain(compiled(name), optax.scale(step)))
+    optimizer = factory(step=0.5)
+    updates, state = optimizer.update(at(GRADIENTS_T, 0), optimizer.init(PARAMS), at(PARAMS_T, 0))
+    assert_close(updates, jax.tree.map(lambda u: 0.5 * u, reference(name)[0][0]))
+    state.hyperparams["step"] = jnp.float32(2.0)
+    updates, _ = optimizer.update(at(GRADIENTS_T, 1), state, at(PARAMS_T, 1))
+    assert_close(updates, jax.tree.map(lambda u: 2 * u, reference(name)[0][1]))
+
+
+def schedule(name):
+    scheduled = optax.chain(compiled(name), optax.scale_by_schedule(lambda t: 1 / (1.0 + t)))
+    updates, _ = loop(scheduled)
+    for t, (u, v) in enumerate(zip(updates, reference(name)[0], strict=True)):
+        assert_close(u, jax.tree.map(lambda leaf, t=t: leaf / (1 + t), v))
+
+
+def scan(name):
+    optimizer = make(name)
+
+    def step(state, inputs):
+        updates, state = optimizer.update(inputs[0], state, inputs[1])
+        return state, updates
+
+    @jax.jit
+    def run(gradients, params):
+        return jax.lax.scan(step, optimizer.init(at(params, 0)), (gradients, params))
+
+    state, updates = run(GRADIENTS_T, PARAMS_T)
+    assert_close([at(updates, t) for t in range(STEPS)], reference(name)[0])
+    assert_close(state, reference(name)[1])
+
+
+def bfloat16(name):
+    # In a scan and in both branches of a cond the state must keep its types to the bit.
+    optimizer = make(name)
+    gradients, params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (GRADIENTS_T, PARAMS_T))
+
+    def step(state, inputs):
+        updates, stepped = optimizer.update(inputs[0], state, inputs[1])
+        return jax.lax.cond(inputs[2], lambda: stepped, lambda: state), updates
+
+    @jax.jit
+    def run(gradients, params):
+        taken = jnp.ones(STEPS, bool)
+        return jax.lax.scan(step, optimizer.init(at(params, 0)), (gradients, params, taken))
+
+    _, updates = run(gradients, params)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(updates)}
+    assert dtypes == {jnp.dtype(jnp.bfloat16)}
+    assert {u.dtype for u in jax.tree.leaves(reference(name)[0])} == {jnp.dtype(jnp.float32)}
+    # 8 bits in the parameters and gradients: updates agree to a few per cent of the largest.
+    largest = max(float(jnp.abs(u).max()) for u in jax.tree.leaves(reference(name)[0]))
+    wide = jax.tree.map(lambda u: np.asarray(u, np.float32), updates)
+    assert_close([at(wide, t) for t in range(STEPS)], reference(name)[0], 0.05, 0.05 * largest)
+
+
+def vmap_is_a_loop(name):
+    optimizer = make(name)
+    states = jax.vmap(optimizer.init)(PARAMS_T)
+    updates, states = jax.jit(jax.vmap(optimizer.update))(GRADIENTS_T, states, PARAMS_T)
+    for t in range(STEPS):
+        state = compiled(name).init(PARAMS)
+        expected = compiled(name).update(at(GRADIENTS_T, t), state, at(PARAMS_T, t))
+        assert_close((at(updates, t), at(states, t)), expected)
+
+
+def eager(name):
+    optimizer = make(name)
+    found = loop(optimizer, jax.tree.map(lambda g: g[:2], GRADIENTS_T))
+    assert_close(found[0], reference(name)[0][:2])
+
+
+def donation(name):
+    optimizer = compiled(name)
+    update = jax.jit(make(name).update, donate_argnums=1)
+    state = optimizer.init(PARAMS)
+    before = jax.tree.leaves(state)
+    updates, _ = update(at(GRADIENTS_T, 0), state, at(PARAMS_T, 0))
+    assert all(leaf.is_deleted() for leaf in before)
+    assert_close(updates, reference(name)[0][0])
+
+
+def no_second_compilation(name):
+    reference(name)
+    # One for gradients as they are, one for those that a mask or a partition leaves.
+    traces = compiled(name).update._cache_size()
+    loop(compiled(name), GRADIENTS_T, PARAMS_T, reference(name)[1])
+    assert compiled(name).update._cache_size() == traces >= 1
+
+
+def empty_tree(name):
+    state = make(name).init({})
+    updates, state = make(name).update({}, state, {})
+    assert updates == {}
+    assert jax.tree.structure(state) == jax.tree.structure(make(name).init({}))
+
+
+def masked_nodes(name):
+    node = optax.MaskedNode()
+    params, gradients = ({"layer_0": {**t["layer_0"], "bias": node}} for t in
+                         (at(PARAMS_T, 0), at(GRADIENTS_T, 0)))  # fmt: skip
+    updates, _ = compiled(name).update(gradients, compiled(name).init(params), params)
+    assert updates["layer_0"]["bias"] == node
+    assert_close(kernels([updates]), kernels(reference(name)[0][:1]))
+
+
+def map_params(name):
+    state = reference(name)[1]
+    assert_equal(optax.tree.map_params(make(name), lambda leaf: leaf, state), state)
+    # Everything with a parameter's leading axes is mapped, the counter is not.
+    zeroed = optax.tree.map_params(make(name), jnp.zeros_like, state)
+    kept = [leaf for leaf in jax.tree.leaves(zeroed) if jnp.any(leaf != 0)]
+    assert [leaf.tolist() for leaf in kept] == [STEPS]
+
+
+def extra_arguments(name):
+    state = compiled(name).init(PARAMS)
+    inputs = at(GRADIENTS_T, 0), state, at(PARAMS_T, 0)
+    updates, _ = make(name).update(*inputs, value=1.0, unheard_of="x")
+    assert_close(updates, reference(name)[0][0])
+
+
+def init_of_shapes(name):
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), PARAMS)
+    assert_equal(make(name).init(shapes), make(name).init(PARAMS))
+
+
+def missing_params(name):
+    optimizer = make(name)
+    state, gradient = optimizer.init(PARAMS), at(GRADIENTS_T, 0)
+    if name != "optax.adam" and CONFIGS[name].needs_params:
+        with pytest.raises(ValueError) as error:
+            optimizer.update(gradient, state)
+        assert str(error.value) == NO_PARAMS_MSG
+    else:
+        assert_close(optimizer.update(gradient, state)[0], reference(name)[0][0])
+
+
+PROPERTIES = [
+    chain_after_clip, masked, partition, multi_steps, apply_if_finite, inject_hyperparams,
+    schedule, scan, bfloat16, vmap_is_a_loop, eager, donation, no_second_compilation, empty_tree,
+    masked_nodes, map_params, extra_arguments, init_of_shapes, missing_params,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("holds", PROPERTIES, ids=lambda f: f.__name__)
+def test_optax_property(holds, name):
+    holds(name)
+
+
+SHARDING = """
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_transform import GRADIENTS_T, OPTIMIZERS, at, make, reference, assert_close
+
+SPEC = {"bias": ("column",), "kernel": ("row", "column")}
+SHAPE = {"bias": (4,), "kernel": (8, 4)}
+
+def check(state):
+    found = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if leaf.ndim == 0:
+            continue
+        name = path[-1].key
+        spec = tuple(leaf.sharding.spec) + (None,) * (leaf.ndim - len(leaf.sharding.spec))
+        rank = len(SHAPE[name])
+        assert leaf.shape[:rank] == SHAPE[name], (path, leaf.shape)
+        assert spec == SPEC[name] + (None,) * (leaf.ndim - rank), (path, spec)
+        found += 1
+    return found
+
+for axis_type in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((4, 2), ("row", "column"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        params = {
+            name: jax.device_put(jax.numpy.ones(SHAPE[name]),
+                                 NamedSharding(mesh, PartitionSpec(*SPEC[name])))
+            for name in SPEC
+        }
+        for name in OPTIMIZERS:
+            optimizer = make(name)
+            state = optimizer.init(params)
+            assert check(state) >= 4
+            updates, state = jax.jit(optimizer.update)(params, state, params)
+            assert check(state) >= 4 and check(updates) == 2
+            if axis_type == AxisType.Explicit:
+                types = jax.tree.map(jax.typeof, optimizer.init(params))
+                assert types == jax.tree.map(jax.typeof, state), name
+print("sharded as the parameters are")
+"""
+
+
+def test_sharding_is_inherited_from_the_parameters():
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDING], capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": f"{tests}:{tests.parent}", "PATH": ""},
+    )  # fmt: skip
+    assert done.stdout == "sharded as the parameters are\n", done.stderr
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_new_meta_params_are_an_argument_and_not_a_recompilation(name):
+    config, traces = CONFIGS[name], []
+
+    @jax.jit
+    def first_update(meta_params):
+        traces.append(1)
+        optimizer = scale_by_meta_optimizer(meta_params, config)
+        return optimizer.update(at(GRADIENTS_T, 0), optimizer.init(PARAMS), at(PARAMS_T, 0))[0]
+
+    assert_close(first_update(random_meta_params(config)), reference(name)[0][0])
+    other = first_update(random_meta_params(config, seed=1))
+    assert len(traces) == 1
+    assert float(jnp.abs(kernels([other])[0] - kernels(reference(name)[0])[0]).max()) > 1e-4
+
+
+def test_a_readout_of_zero_is_adamw():
+    # tanh 0 = 0 and exp 0 = 1: u = -eta m_hat / (sqrt(v_hat) + eps) - lambda theta, which is AdamW
+    # of weight decay lambda / eta, as optax multiplies the decay by the learning rate.
+    config = MetaOptimizerConfig((2,), FEATURES, learning_rate=0.02, decay=0.004)
+    meta_params = random_meta_params(config)
+    meta_params["readout"] = jax.tree.map(np.zeros_like, meta_params["readout"])
+    ours = compile_update(scale_by_meta_optimizer(meta_params, config))
+    adamw = optax.adamw(0.02, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.004 / 0.02)
+    assert_close(loop(ours)[0], loop(adamw)[0], rtol=1e-5, atol=1e-7)
+
+
+def test_updates_are_bounded_whatever_the_meta_params():
+    # |tanh| <= 1: |u| <= eta (shift + e^2 |direction|) + lambda e^2 |theta|; with "log_sign" alone
+    # that is eta * shift.
+    config = CONFIGS["log_sign"]
+    meta_params = random_meta_params(config, scale=1e3)
+    optimizer = compile_update(scale_by_meta_optimizer(meta_params, config))
+    updates, _ = loop(optimizer, jax.tree.map(lambda g: 1e6 * g, GRADIENTS_T))
+    largest = max(float(jnp.abs(u).max()) for u in jax.tree.leaves(updates))
+    assert largest <= config.learning_rate * config.shift * (1 + 1e-6)
+    assert largest > 0.9 * config.learning_rate * config.shift
+
+
+def test_no_gradient_flows_through_the_gradients():
+    config = CONFIGS["log_sign+adam"]
+    optimizer = scale_by_meta_optimizer(random_meta_params(config), config)
+
+    @jax.jit
+    @jax.grad
+    def sensitivity(gradient):
+        updates, _ = optimizer.update(gradient, optimizer.init(PARAMS))
+        return sum(u.sum() for u in jax.tree.leaves(updates))
+
+    assert_equal(sensitivity(at(GRADIENTS_T, 0)), jax.tree.map(np.zeros_like, PARAMS))
+
+
+def test_unknown_feature_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"\['loss'\] cannot be used.*'log_sign', 'adam', "
+                                         r"'parameter', 'layer'"):  # fmt: skip
+        MetaOptimizerConfig(features=("adam", "loss"))
+    with pytest.raises(ValueError, match="there must be at least one"):
+        MetaOptimizerConfig(features=())
+
+
+@pytest.mark.parametrize("hidden", [(), (20, 0)])
+def test_hidden_units_must_be_positive(hidden):
+    with pytest.raises(ValueError, match="units of one layer or more"):
+        MetaOptimizerConfig(hidden=hidden)
+
+
+def test_weights_that_do_not_fit_are_named():
+    config = CONFIGS["all"]
+    meta_params = random_meta_params(config)
+    wider = MetaOptimizerConfig((2, 4), FEATURES)
+    with pytest.raises(ValueError, match=r"\['input_1_0'\]\['kernel'\] has shape \(2, 12\), but "
+                                         r"the config needs \(2, 16\)"):  # fmt: skip
+        scale_by_meta_optimizer(meta_params, wider)
+    del meta_params["readout"]["bias"]
+    with pytest.raises(ValueError, match=r"\['readout'\]\['bias'\] has shape None"):
+        scale_by_meta_optimizer(meta_params, config)
+    extra = random_meta_params(config) | {"more": np.zeros(3)}
+    with pytest.raises(ValueError, match=r"\['more'\] has shape \(3,\).* needs None"):
+        scale_by_meta_optimizer(extra, config)

@@ -1,0 +1,103 @@
+"""Weights on disk: a round trip, and files that are refused."""
+
+import json
+import pickle
+
+import jax
+import numpy as np
+import pytest
+
+import advmeta
+from advmeta.meta_optimizer import weights
+
+
+@pytest.fixture
+def saved(tmp_path):
+    config = advmeta.MetaOptimizerConfig(hidden=(3, 4), features=("log_sign", "parameter"))
+    meta_params = advmeta.init_meta_params(config, jax.random.key(0))
+    path = tmp_path / "mine.safetensors"
+    weights.save_weights(path, meta_params, config, command="advmeta meta-train", seed=7)
+    return path, meta_params, config
+
+
+def test_round_trip_is_exact(saved):
+    path, meta_params, config = saved
+    loaded, loaded_config, card = weights.load_weights(path)
+    assert loaded_config == config
+    assert card["seed"] == 7 and card["command"] == "advmeta meta-train"
+    assert jax.tree.structure(loaded) == jax.tree.structure(meta_params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, meta_params)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["mine.json", "mine.safetensors"]
+
+
+def test_loaded_by_path_it_updates_as_the_original(saved):
+    path, meta_params, config = saved
+    params = {"w": jax.random.normal(jax.random.key(1), (3, 2))}
+    results = []
+    original = advmeta.scale_by_meta_optimizer(meta_params, config)
+    for optimizer in (original, advmeta.load_meta_optimizer(path)):
+        results.append(optimizer.update(params, optimizer.init(params), params)[0]["w"])
+    np.testing.assert_array_equal(*results)
+
+
+def test_a_pickle_is_refused_unread(saved):
+    path, _, _ = saved
+
+    class Bomb:
+        def __reduce__(self):
+            return (path.with_name("exploded").touch, ())
+
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        weights.load_weights(path)
+    assert not path.with_name("exploded").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_weights_are_refused(saved, share):
+    path, _, _ = saved
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        weights.load_weights(path)
+
+
+def test_shapes_that_do_not_fit_the_config_are_named(saved):
+    path, _, _ = saved
+    card = json.loads(path.with_suffix(".json").read_text())
+    card["meta_optimizer"]["hidden"] = [3, 5]
+    path.with_suffix(".json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=r"input_1_0.*\(3, 16\).*needs \(3, 20\)"):
+        weights.load_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("not json", "is not JSON"),
+        ("[1]", "a card is a JSON object"),
+        ("{}", "no 'meta_optimizer'"),
+        ('{"meta_optimizer": {"layers": 3}}', "no 'meta_optimizer'"),
+        ('{"meta_optimizer": {"features": ["colour"]}}', "colour.*log_sign"),
+    ],
+)
+def test_a_bad_card_is_refused(saved, card, message):
+    path, _, _ = saved
+    path.with_suffix(".json").write_text(card)
+    with pytest.raises(ValueError, match=message):
+        weights.load_weights(path)
+
+
+def test_unknown_names_list_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"'imagenet' is unknown.*digits-linf"):
+        advmeta.load_meta_optimizer("imagenet")
+    with pytest.raises(ValueError, match="no card"):
+        advmeta.load_meta_optimizer(tmp_path / "missing.safetensors")
+
+
+def test_shipped_weights_load_and_have_whole_cards():
+    for name in advmeta.list_pretrained():
+        path = weights.pathlib.Path(weights.__file__).parent / "pretrained" / f"{name}.safetensors"
+        _, _, card = weights.load_weights(path)
+        assert {"command", "seed", "seconds", "hardware", "versions", "training"} <= card.keys()
+        assert path.stat().st_size < 200_000
