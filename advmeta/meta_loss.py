@@ -1,0 +1,57 @@
+"""What the outer step minimises: a scalar of the trajectory."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from advmeta.types import Array
+from advmeta.unroll import Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaLossConfig:
+    """The weights of the parts of the meta-loss.
+
+    Args:
+      adversarial_weight: of the loss on attacked held-out examples.
+      clean_weight: of the loss on the same kind of examples, not attacked.
+      attack_steps: PGD steps that attack them.
+      cap: each loss is clipped here, so that an episode that diverges cannot drown the others.
+        10 classes at chance have a loss of 2.3.
+    """
+
+    adversarial_weight: float = 1.0
+    clean_weight: float = 0.0
+    attack_steps: int = 5
+    cap: float = 5.0
+
+    def __post_init__(self):
+        weights = (self.adversarial_weight, self.clean_weight)
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(
+                f"adversarial_weight, clean_weight = {weights}: none may be negative and one must "
+                "be positive"
+            )
+        if self.attack_steps < 1 or not self.cap > 0:
+            raise ValueError(
+                f"attack_steps={self.attack_steps} must be at least 1, cap={self.cap} positive"
+            )
+
+
+def meta_loss(config: MetaLossConfig, trajectory: Trajectory) -> Array:
+    """The mean over the trajectory of the weighted, capped losses on held-out examples.
+
+    ``1/T sum_t  w_adv min(L_adv(theta_{t+1}), cap) + w_clean min(L_clean(theta_{t+1}), cap)``
+
+    Args:
+      config: weights and cap.
+      trajectory: with a `HeldOutLoss` in ``evaluation``, [steps] each.
+
+    Reference:
+      The sum of losses over the unroll is eq. 3 of Andrychowicz et al. 2016 (arXiv:1606.04474)
+      with all weights equal; adversarial losses in it are Serban et al. 2020.
+    """
+    losses = trajectory.evaluation
+    adversarial = jnp.minimum(losses.adversarial, config.cap)
+    clean = jnp.minimum(losses.clean, config.cap)
+    return (config.adversarial_weight * adversarial + config.clean_weight * clean).mean()

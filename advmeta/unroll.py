@@ -1,0 +1,130 @@
+"""A run of inner steps as one `jax.lax.scan`, for any optax optimizer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from advmeta.inner_gradients import InnerGradient, attacked, clean
+from advmeta.tasks import Task, TaskFamily
+from advmeta.types import Array, Batch, Key, Params, PyTree
+
+Evaluate = Callable[[Params, Key], PyTree]
+
+
+class InnerState(NamedTuple):
+    """What the next inner step needs."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: Array  # [] int32: inner steps since the start of the episode
+
+
+class Trajectory(NamedTuple):
+    """What a person needs of each inner step, stacked by the scan: [steps, ...]."""
+
+    loss: Array  # the loss whose gradient was taken, before the update
+    gradient_norm: Array  # global l2 norm of that gradient
+    evaluation: PyTree  # what `evaluate` gave after the update; None without it
+
+
+def init_inner(task: Task, optimizer: optax.GradientTransformation, key: Key) -> InnerState:
+    """Fresh parameters and a fresh optimizer state."""
+    params = task.optimizee.init(key, task.train.x.shape[1:])
+    return InnerState(params, optimizer.init(params), jnp.zeros([], jnp.int32))
+
+
+def unroll(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    state: InnerState,
+    key: Key,
+    *,
+    steps: int,
+    inner_gradient: InnerGradient = clean,
+    evaluate: Evaluate | None = None,
+) -> tuple[InnerState, Trajectory]:
+    """Takes inner steps: gradient, update, apply.
+
+    ``g_t = inner_gradient(theta_t)``,  ``u_t, s_{t+1} = optimizer.update(g_t, s_t, theta_t)``,
+    ``theta_{t+1} = theta_t + u_t``
+
+    Step t draws from ``fold_in(key, t)`` with t counted from the start of the episode: an episode
+    cut in pieces is the same as in one piece.
+
+    Args:
+      task: data and model.
+      optimizer: any optax optimizer; the meta-optimizer is one.
+      state: from `init_inner`, or what an earlier unroll returned.
+      key: of the episode.
+      steps: inner steps to take.
+      inner_gradient: one of `advmeta.inner_gradients`.
+      evaluate: (params, key) -> anything, called after each update.
+
+    Returns:
+      The state after the last step, and the `Trajectory`.
+
+    Example:
+      >>> digits = advmeta.data.load("digits")
+      >>> task = Task(digits.train, digits.test, advmeta.ThreatModel(), advmeta.optimizees.mlp())
+      >>> optimizer = optax.adam(1e-2)
+      >>> state = init_inner(task, optimizer, jax.random.key(0))
+      >>> state, trajectory = unroll(task, optimizer, state, jax.random.key(1), steps=100)
+      >>> bool(trajectory.loss[-10:].mean() < 0.5 * trajectory.loss[0])
+      True
+    """
+
+    def step(state: InnerState, _):
+        gradient_key, evaluation_key = jax.random.split(jax.random.fold_in(key, state.step))
+        loss, gradient = inner_gradient(task, state.params, gradient_key)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        evaluation = evaluate(params, evaluation_key) if evaluate else None
+        info = Trajectory(loss, optax.tree.norm(gradient), evaluation)
+        return InnerState(params, opt_state, state.step + 1), info
+
+    # Recomputing a step in the backward pass is faster than storing what the LSTM did in it: the
+    # activations of a truncation are bound by memory (1.6 times on 2 CPU cores).
+    return jax.lax.scan(jax.checkpoint(step), state, length=steps)
+
+
+def train(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    key: Key,
+    *,
+    steps: int,
+    inner_gradient: InnerGradient = clean,
+    evaluate: Evaluate | None = None,
+) -> tuple[Params, Trajectory]:
+    """A whole episode, from fresh parameters; arguments as in `unroll`."""
+    init_key, episode_key = jax.random.split(key)
+    state = init_inner(task, optimizer, init_key)
+    state, trajectory = unroll(
+        task, optimizer, state, episode_key,
+        steps=steps, inner_gradient=inner_gradient, evaluate=evaluate,
+    )  # fmt: skip
+    return state.params, trajectory
+
+
+@jax.jit(static_argnames=("steps", "attack_steps"))
+def with_replay(
+    task: Task | TaskFamily, key: Key, *, steps: int = 200, attack_steps: int = 7
+) -> Task | TaskFamily:
+    """Adds adversarial examples made once, on a source model that Adam trains on the same data.
+
+    Args:
+      task: a task, or a family: then the examples are made for its whole pool.
+      key: for the source model's parameters and batches, and the attack.
+      steps: inner steps of the source model, with ``optax.adam(1e-2)``.
+      attack_steps: steps of PGD.
+    """
+    examples: Batch = task.pool if isinstance(task, TaskFamily) else task.train
+    source = Task(examples, examples, task.threat_model, task.optimizee, task.batch_size)
+    train_key, attack_key = jax.random.split(key)
+    params, _ = train(source, optax.adam(1e-2), train_key, steps=steps)
+    moved = attacked(source, params, examples, attack_key, attack_steps)
+    return dataclasses.replace(task, replay=moved.x)
