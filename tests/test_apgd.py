@@ -1,5 +1,4 @@
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +8,10 @@ from fixtures import SETTINGS, linear, linear_problem, load_images, load_model, 
 from jax.tree_util import Partial
 
 import advmeta
-from advmeta.attacks import apgd
-from advmeta.attacks.apgd import checkpoints, random_start
+from advmeta.attacks import apgd, auto_pgd
+from advmeta.attacks.auto_pgd import checkpoints, random_start
 from advmeta.attacks.runs import Evaluation
 
-apgd_module = sys.modules["advmeta.attacks.apgd"]  # the package's attribute is the function
 KEY = jax.random.key(0)
 
 
@@ -36,7 +34,7 @@ def test_checkpoints_are_those_of_the_reference(steps, expected):
 def state_and_evaluation(loss):
     x, n = jnp.zeros([3, 2]), 3
     loss = jnp.array(loss)
-    state = apgd_module._State(
+    state = auto_pgd._State(
         x, x, jnp.ones([3, 1]), x, jnp.full(n, -jnp.inf), x, x, jnp.zeros(n, bool), jnp.zeros(n),
         jnp.zeros(n, jnp.int32), jnp.full(n, -jnp.inf), jnp.ones(n, bool),
     )  # fmt: skip
@@ -45,11 +43,11 @@ def state_and_evaluation(loss):
 
 def test_the_first_step_is_compared_with_zero_and_later_ones_with_the_one_before():
     state, at = state_and_evaluation([5.0, -2.0, 5.0])
-    state = apgd_module._record(state, at, True)
+    state = auto_pgd._record(state, at, True)
     assert not state.increases.any()
-    state = apgd_module._record(state, at._replace(loss=jnp.array([3.0, -1.0, 6.0])), False)
+    state = auto_pgd._record(state, at._replace(loss=jnp.array([3.0, -1.0, 6.0])), False)
     assert state.increases.tolist() == [1, 0, 1]  # 3 > 0, -1 < 0
-    state = apgd_module._record(state, at._replace(loss=jnp.array([2.0, 1.0, 7.0])), False)
+    state = auto_pgd._record(state, at._replace(loss=jnp.array([2.0, 1.0, 7.0])), False)
     assert state.increases.tolist() == [1, 1, 2]
     assert state.best_loss.tolist() == [5.0, 1.0, 7.0]
     assert state.checkpoint_loss.tolist() == [5.0, -2.0, 5.0]  # of the start, the first "check"
@@ -58,14 +56,14 @@ def test_the_first_step_is_compared_with_zero_and_later_ones_with_the_one_before
 def test_a_checkpoint_halves_the_step_at_most_at_the_threshold_and_when_standing_still():
     state, at = state_and_evaluation([1.0, 1.0, 1.0])
     state = state._replace(increases=jnp.array([12, 13, 11]), best_loss=jnp.full(3, 4.0))
-    none, *_ = apgd_module._checkpoint(state, at, False, 12.0)
+    none, *_ = auto_pgd._checkpoint(state, at, False, 12.0)
     assert none.step_size.ravel().tolist() == [1.0, 1.0, 1.0]
     # 12 of 16 at rho = 0.75: the paper's "less than" would let the first example go on.
-    first, *_ = apgd_module._checkpoint(state, at, True, 12.0)
+    first, *_ = auto_pgd._checkpoint(state, at, True, 12.0)
     assert first.step_size.ravel().tolist() == [0.5, 1.0, 0.5]
     # All have steps enough now, and no better loss: halved unless it was at the last checkpoint.
     first = first._replace(increases=jnp.array([16, 16, 16]))
-    second, *_ = apgd_module._checkpoint(first, at, True, 12.0)
+    second, *_ = auto_pgd._checkpoint(first, at, True, 12.0)
     assert second.step_size.ravel().tolist() == [0.5, 0.5, 0.5]
 
 

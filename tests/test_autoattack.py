@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 import advmeta
 from advmeta.attacks import AttackResult, apgd, fab, square
-from advmeta.attacks.apgd import _apgd
+from advmeta.attacks.auto_pgd import _apgd
 from advmeta.evaluation.survivors import bucket_size
 from advmeta.evaluation.versions import attack_list
 from tests import fixtures

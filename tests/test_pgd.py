@@ -124,7 +124,7 @@ def test_the_best_point_of_the_path_is_returned():
 
 def test_restarts_find_the_other_summit():
     # The margin |d| + 0.2 d - 0.4 of d = x - 0.5 is climbed to either side of 0: at d = 0.4 it is
-    # 0.08, which breaks the example, at d = -0.4 it is -0.08. One start in two is on the right side.
+    # 0.08, which breaks the example, at d = -0.4 it is -0.08. One start in two is right.
     def logits_fn(x):
         d = x[:, 0] - 0.5
         return jnp.stack([jnp.zeros_like(d), 20 * (jnp.abs(d) + 0.2 * d - 0.4)], axis=1)

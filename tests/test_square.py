@@ -8,7 +8,7 @@ from jax.tree_util import Partial
 
 import advmeta
 from advmeta.attacks import square_windows
-from advmeta.attacks.square import _square, move_mass
+from advmeta.attacks.square_attack import _square, move_mass
 from advmeta.attacks.square_windows import Grid
 from advmeta.attacks.threat_model import example_keys
 from tests import fixtures

@@ -15,7 +15,7 @@ FAR = (X + RNG.normal(size=X.shape)).astype(np.float32)
 
 
 def test_projection_onto_the_cube():
-    # From 0.5: offsets 0.3, -0.05 and -0.9 are cut to 0.1, -0.05 and -0.1; from 0.95 the bound cuts.
+    # From 0.5: offsets 0.3, -0.05 and -0.9 are cut to 0.1, -0.05 and -0.1; from 0.95 the bound.
     threat_model = advmeta.ThreatModel("linf", 0.1)
     x = jnp.array([[0.5, 0.5, 0.5, 0.95]])
     found = threat_model.project(jnp.array([[0.8, 0.45, -0.4, 2.0]]), x)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from advmeta.attacks import losses
-from advmeta.attacks.apgd import random_start
+from advmeta.attacks.auto_pgd import random_start
 from advmeta.attacks.batching import choose, fold, wide
 from advmeta.attacks.minimum_norm import Found, hand_out, nothing_yet
 from advmeta.attacks.projections import shortest_move

@@ -14,7 +14,7 @@ import optax
 from jax.tree_util import Partial
 
 from advmeta.attacks import losses
-from advmeta.attacks.apgd import random_start
+from advmeta.attacks.auto_pgd import random_start
 from advmeta.attacks.batching import choose, fold
 from advmeta.attacks.minimum_norm import Found, hand_out, nothing_yet
 from advmeta.attacks.runs import check_counts, check_start

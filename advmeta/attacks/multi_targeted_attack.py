@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from advmeta.attacks.apgd import random_start
-from advmeta.attacks.pgd import better
+from advmeta.attacks.auto_pgd import random_start
+from advmeta.attacks.projected_gradient import better
 from advmeta.attacks.runs import attack_in_runs, prepare
 from advmeta.attacks.threat_model import ThreatModel, example_keys
 from advmeta.attacks.validation import AttackResult

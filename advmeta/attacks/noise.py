@@ -6,7 +6,7 @@ from jax.tree_util import Partial
 
 from advmeta.attacks import losses
 from advmeta.attacks.batching import fold
-from advmeta.attacks.pgd import better
+from advmeta.attacks.projected_gradient import better
 from advmeta.attacks.runs import check_counts
 from advmeta.attacks.threat_model import ThreatModel, example_keys
 from advmeta.attacks.validation import AttackResult, as_partial, check_attack_inputs

@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 
 from advmeta.attacks import losses
 from advmeta.attacks.batching import fold
-from advmeta.attacks.pgd import better
+from advmeta.attacks.projected_gradient import better
 from advmeta.attacks.randomized import with_keys
 from advmeta.attacks.threat_model import ThreatModel
 from advmeta.attacks.validation import AttackResult, Note, as_partial, check_attack_inputs

@@ -1,0 +1,119 @@
+"""The ordinary optimizers that the meta-optimizer is held against, each with its grid."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from advmeta import inner_gradients
+from advmeta.tasks import Task
+from advmeta.types import Array
+
+
+class Hyperparameters(NamedTuple):
+    """What is tuned; arrays [g], one entry a point of the grid, or scalars of one point."""
+
+    learning_rate: Array
+    weight_decay: Array
+    noise: Array  # standard deviation of Gaussian input noise, in units of epsilon
+
+
+class Baseline(NamedTuple):
+    """An optimizer, the inner gradient it is given, and what is tried for it."""
+
+    optimizer: Callable[[Hyperparameters], optax.GradientTransformation]
+    attack_steps: int  # PGD steps on each training batch; 0: none
+    grid: Hyperparameters
+    repeats: int = 1  # a small grid is judged on so many times the models
+
+    def make(
+        self, point: Hyperparameters, task: Task
+    ) -> tuple[optax.GradientTransformation, inner_gradients.InnerGradient]:
+        """The optimizer and the inner gradient at a point of the grid."""
+        if self.attack_steps:
+            return self.optimizer(point), inner_gradients.adversarial(self.attack_steps)
+        noise = point.noise * task.threat_model.epsilon
+        return self.optimizer(point), inner_gradients.noisy(noise)
+
+
+class Row(NamedTuple):
+    """A row of the table: the best point of a part of a baseline's grid."""
+
+    optimizer: str
+    inner_gradient: str
+    baseline: str
+    belongs: Callable[[Hyperparameters], np.ndarray]  # which points of the grid, bool [g]
+
+
+def adam(point: Hyperparameters) -> optax.GradientTransformation:
+    """Adam with L2 regularisation: the decay is a part of the gradient."""
+    return optax.chain(
+        optax.add_decayed_weights(point.weight_decay), optax.adam(point.learning_rate)
+    )
+
+
+def sgd(point: Hyperparameters) -> optax.GradientTransformation:
+    """SGD with momentum 0.9 and L2 regularisation."""
+    return optax.chain(
+        optax.add_decayed_weights(point.weight_decay),
+        optax.sgd(point.learning_rate, momentum=0.9),
+    )
+
+
+def adamw(point: Hyperparameters) -> optax.GradientTransformation:
+    """Adam with decoupled decay (Loshchilov and Hutter 2019)."""
+    return optax.adamw(point.learning_rate, weight_decay=point.weight_decay)
+
+
+_ADAM_RATES, _SGD_RATES = (1e-3, 3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1, 3e-1)
+_L2 = (0.0, 3e-3, 1e-2, 3e-2, 1e-1)
+_DECAY = (0.0, 0.3, 1.0, 3.0, 10.0)
+_NOISE = (0.0, 1.0, 3.0)
+
+
+def grid(*axes: tuple[float, ...]) -> Hyperparameters:
+    """All combinations of the values of (learning rate, weight decay, noise), [g] each."""
+    points = np.array(list(itertools.product(*axes)), np.float32)
+    return Hyperparameters(*points.T)
+
+
+BASELINES = {
+    "adam": Baseline(adam, 0, grid(_ADAM_RATES, _L2, _NOISE)),
+    "sgd": Baseline(sgd, 0, grid(_SGD_RATES, _L2, _NOISE)),
+    "adamw": Baseline(adamw, 0, grid(_ADAM_RATES, _DECAY, _NOISE)),
+    "adversarial": Baseline(adam, 7, grid(_ADAM_RATES, (0.0,), (0.0,)), repeats=4),
+}
+
+
+def _plain(point: Hyperparameters) -> np.ndarray:
+    return (point.noise == 0) & (point.weight_decay == 0)
+
+
+def _no_noise(point: Hyperparameters) -> np.ndarray:
+    return point.noise == 0
+
+
+def _noise(point: Hyperparameters) -> np.ndarray:
+    return point.noise > 0
+
+
+ROWS = (
+    Row("adam, no decay", "clean", "adam", _plain),
+    Row("adam", "clean", "adam", _no_noise),
+    Row("sgd", "clean", "sgd", _no_noise),
+    Row("adamw", "clean", "adamw", _no_noise),
+    Row("adam", "noisy", "adam", _noise),
+    Row("sgd", "noisy", "sgd", _noise),
+    Row("adamw", "noisy", "adamw", _noise),
+    Row("adam", "adversarial", "adversarial", lambda point: point.noise == 0),
+)
+
+
+def choose(points: Hyperparameters, score: Array, belongs) -> Hyperparameters:
+    """The point of the highest score among those that belong to a row, as scalars."""
+    best = int(np.where(belongs(points), np.nan_to_num(np.asarray(score), nan=-1.0), -1.0).argmax())
+    return jax.tree.map(lambda values: jnp.float32(values[best]), points)

@@ -1,0 +1,265 @@
+"""The transfer table: models and data that the meta-optimizer has not met, against tuned rivals."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import optax
+
+from advmeta import data, optimizees
+from advmeta.attacks.threat_model import ThreatModel
+from advmeta.evaluation.baselines import BASELINES, ROWS, Hyperparameters, choose
+from advmeta.evaluation.curves import epsilon_curves, learning_curves
+from advmeta.held_out import Accuracy, held_out_accuracy
+from advmeta.inner_gradients import InnerGradient, clean
+from advmeta.tasks import Task
+from advmeta.types import Array, Key, PyTree
+from advmeta.unroll import train
+
+Progress = Callable[[str], None]
+Make = Callable[[Hyperparameters | None, Task], tuple[optax.GradientTransformation, InnerGradient]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A column of the table: one architecture on one data set.
+
+    Args:
+      setting: what is new in it, for people.
+      dataset, optimizee, norm, epsilon: as in `TaskConfig`.
+    """
+
+    setting: str
+    dataset: str
+    optimizee: str
+    epsilon: float
+    norm: str = "linf"
+
+    def __post_init__(self):
+        ThreatModel(self.norm, self.epsilon)
+        optimizees.by_name(self.optimizee)
+
+
+CELLS = (
+    Cell("same architecture", "digits", "mlp-20", 0.1),
+    Cell("wider", "digits", "mlp-40", 0.1),
+    Cell("deeper", "digits", "mlp-20-20", 0.1),
+    Cell("other activation", "digits", "mlp-20-tanh", 0.1),
+    Cell("CNN", "digits", "cnn-8-16", 0.1),
+    Cell("other data set", "fashion_small", "mlp-20", 0.05),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferConfig:
+    """How the table is made.
+
+    Args:
+      cells: its columns.
+      inner_steps: of every row alike.
+      batch_size: examples an inner step.
+      seeds: models trained for each entry; mean and spread are over them.
+      tuning_seeds: models trained for each point of a baseline's grid; more where it is small.
+      validation: fraction of the training set on which the grid is judged.
+      attack_steps, restarts: of the PGD that gives robust accuracy on the test set.
+    """
+
+    cells: tuple[Cell, ...] = CELLS
+    inner_steps: int = 200
+    batch_size: int = 128
+    seeds: int = 3
+    tuning_seeds: int = 2
+    validation: float = 0.2
+    attack_steps: int = 40
+    restarts: int = 3
+
+    def __post_init__(self):
+        for name in ("inner_steps", "seeds", "tuning_seeds", "attack_steps", "restarts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class Entry(NamedTuple):
+    """A row in a cell, with the hyperparameters that were chosen for it there."""
+
+    optimizer: str
+    inner_gradient: str
+    make: Make  # entries with the same one are compiled once
+    point: Hyperparameters | None  # scalars; None: there is nothing to tune
+    attack_steps: int  # PGD steps on each training batch
+    tuning_runs: int
+
+
+def transfer_table(
+    config: TransferConfig,
+    meta_optimizer: optax.GradientTransformation,
+    *,
+    key: Key,
+    report: Progress = lambda message: None,
+) -> tuple[list[dict], dict]:
+    """Trains and attacks every row in every cell.
+
+    Baselines are tuned for each cell on a part of its training set; the meta-optimizer is used as
+    it is. Then each trains ``seeds`` models on the whole training set, all for the same number of
+    inner steps, and PGD attacks them on the test set.
+
+    Args:
+      config: see `TransferConfig`.
+      meta_optimizer: an optax transformation that needs no learning rate.
+      key: the same key gives the same table.
+      report: called with a message when something starts.
+
+    Returns:
+      The records, one a row, cell and seed; and the curves of the first cell: accuracy along
+      training ("learning") and robust accuracy against epsilon ("epsilon").
+    """
+
+    def ours(point: None, task: Task) -> tuple[optax.GradientTransformation, InnerGradient]:
+        return meta_optimizer, clean
+
+    records, curves = [], {"learning": [], "epsilon": []}
+    for index, cell in enumerate(config.cells):
+        tune_key, train_key, attack_key = jax.random.split(jax.random.fold_in(key, index), 3)
+        keys = jax.random.split(train_key, config.seeds)
+        tuning, task = make_tasks(config, cell)
+        report(f"{cell.setting}: tuning the baselines")
+        entries = tune(config, tuning, tune_key)
+        entries.append(Entry("meta-optimizer", "clean", ours, None, 0, 0))
+        compiled = compile_trainings(config, task, entries, keys)
+        for entry in entries:
+            report(f"{cell.setting}: {entry.optimizer}, {entry.inner_gradient} gradients")
+            params, seconds = timed(compiled[entry.make], task, entry.point, keys)
+            accuracy = judge(config, task, params, attack_key)
+            records += _records(config, cell, entry, accuracy, seconds)
+            if index == 0:
+                _add_curves(config, task, entry, keys, params, curves)
+    return records, curves
+
+
+def make_tasks(config: TransferConfig, cell: Cell) -> tuple[Task, Task]:
+    """The task to tune on, cut from the training set, and the one to report."""
+    dataset = data.load(cell.dataset)
+    rest, validation = data.split(dataset.train, config.validation)
+    make = functools.partial(
+        Task,
+        threat_model=ThreatModel(cell.norm, cell.epsilon),
+        optimizee=optimizees.by_name(cell.optimizee, dataset.num_classes),
+        batch_size=config.batch_size,
+    )
+    return make(rest, validation), make(dataset.train, dataset.test)
+
+
+def tune(config: TransferConfig, task: Task, key: Key) -> list[Entry]:
+    """The best point of each row's grid, by robust accuracy on the held-out part of the task."""
+    # XLA compiles a program on one core, so several at a time; nothing is timed here.
+    with ThreadPoolExecutor() as pool:
+        scores = pool.map(lambda name: score_grid(config, name, task, key), BASELINES)
+        scores = dict(zip(BASELINES, scores, strict=True))
+    makes = {name: baseline.make for name, baseline in BASELINES.items()}
+    entries = []
+    for row in ROWS:
+        baseline = BASELINES[row.baseline]
+        point = choose(baseline.grid, scores[row.baseline], row.belongs)
+        points = int(row.belongs(baseline.grid).sum())
+        runs = points * config.tuning_seeds * baseline.repeats
+        make = makes[row.baseline]
+        entries.append(
+            Entry(row.optimizer, row.inner_gradient, make, point, baseline.attack_steps, runs)
+        )
+    return entries
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def score_grid(config: TransferConfig, name: str, task: Task, key: Key) -> Array:
+    """Robust validation accuracy of every point of a baseline's grid, [g]."""
+
+    def run(point: Hyperparameters, key: Key) -> Array:
+        train_key, attack_key = jax.random.split(key)
+        optimizer, inner_gradient = BASELINES[name].make(point, task)
+        params, _ = train(
+            task, optimizer, train_key, steps=config.inner_steps, inner_gradient=inner_gradient
+        )
+        return held_out_accuracy(task, params, attack_key, attack_steps=20, restarts=1).robust
+
+    keys = jax.random.split(key, config.tuning_seeds * BASELINES[name].repeats)
+    over_seeds = jax.vmap(run, in_axes=(None, 0))
+    return jax.vmap(over_seeds, in_axes=(0, None))(BASELINES[name].grid, keys).mean(axis=1)
+
+
+def compile_trainings(
+    config: TransferConfig, task: Task, entries: list[Entry], keys: Key
+) -> dict[Make, Callable]:
+    """For each way to make an optimizer: (task, point, keys) -> one model a key, stacked."""
+
+    def compile_training(entry: Entry) -> Callable:
+        def run(task: Task, point: Hyperparameters | None, keys: Key) -> PyTree:
+            optimizer, inner_gradient = entry.make(point, task)
+            train_one = functools.partial(
+                train, task, optimizer, steps=config.inner_steps, inner_gradient=inner_gradient
+            )
+            return jax.vmap(train_one)(keys)[0]
+
+        return jax.jit(run).lower(task, entry.point, keys).compile()
+
+    distinct = {entry.make: entry for entry in entries}
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(distinct, pool.map(compile_training, distinct.values()), strict=True))
+
+
+def timed(compiled: Callable, task: Task, point, keys: Key) -> tuple[PyTree, float]:
+    """What a compiled training returns, and the seconds it took for each model."""
+    start = time.perf_counter()
+    params = jax.block_until_ready(compiled(task, point, keys))
+    return params, (time.perf_counter() - start) / len(keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def judge(config: TransferConfig, task: Task, params: PyTree, key: Key) -> Accuracy:
+    """Accuracy on the test set of models stacked along the first axis, [seeds]."""
+    attack = functools.partial(
+        held_out_accuracy, attack_steps=config.attack_steps, restarts=config.restarts
+    )
+    return jax.vmap(lambda p: attack(task, p, key))(params)
+
+
+def _records(
+    config: TransferConfig, cell: Cell, entry: Entry, accuracy: Accuracy, seconds: float
+) -> list[dict]:
+    evaluations = config.inner_steps * (1 + entry.attack_steps)
+    point = entry.point._asdict() if entry.point else {}
+    shared = {
+        "dataset": cell.dataset,
+        "architecture": cell.optimizee,
+        "setting": cell.setting,
+        "norm": cell.norm,
+        "epsilon": cell.epsilon,
+        "optimizer": entry.optimizer,
+        "inner_gradient": entry.inner_gradient,
+        "inner_steps": config.inner_steps,
+        "attack": f"pgd-{config.attack_steps}x{config.restarts}",
+        "gradient_evaluations": evaluations,
+        "adversarial_examples": config.inner_steps * config.batch_size * bool(entry.attack_steps),
+        "tuning_gradient_evaluations": evaluations * entry.tuning_runs,
+        "seconds": seconds,
+        "hyperparameters": {name: round(float(value), 9) for name, value in point.items()},
+    }
+    return [
+        {**shared, "seed": seed, "clean_accuracy": float(clean), "robust_accuracy": float(robust)}
+        for seed, (clean, robust) in enumerate(zip(*accuracy, strict=True))
+    ]
+
+
+def _add_curves(
+    config: TransferConfig, task: Task, entry: Entry, keys: Key, params: PyTree, curves: dict
+) -> None:
+    who = {"optimizer": entry.optimizer, "inner_gradient": entry.inner_gradient}
+    curves["learning"] += learning_curves(
+        entry.make, entry.point, task, keys, steps=config.inner_steps, who=who
+    )
+    curves["epsilon"] += epsilon_curves(
+        task, params, keys[0], attack_steps=config.attack_steps, who=who
+    )

@@ -1,0 +1,129 @@
+"""The transfer table: choosing, counting costs, and telling good training from bad."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import advmeta
+from advmeta.evaluation import baselines, transfer
+from advmeta.held_out import held_out_accuracy
+from advmeta.tasks import Task
+
+
+def test_choose_takes_the_best_point_that_belongs():
+    points = baselines.grid((0.1, 0.2), (0.0, 1.0), (0.0,))
+    # Points in order: (.1, 0), (.1, 1), (.2, 0), (.2, 1). The best without decay is the third.
+    scores = jnp.array([0.3, 0.9, 0.4, 0.8])
+    chosen = baselines.choose(points, scores, lambda point: point.weight_decay == 0)
+    assert np.isclose(chosen.learning_rate, 0.2) and chosen.weight_decay == 0
+    # A point that diverged never wins.
+    chosen = baselines.choose(points, jnp.array([0.3, jnp.nan, 0.4, 0.8]), lambda p: p.noise == 0)
+    assert np.isclose(chosen.learning_rate, 0.2) and chosen.weight_decay == 1
+
+
+def test_grids_hold_every_combination_and_rows_cover_them():
+    for baseline in baselines.BASELINES.values():
+        points = np.stack(baseline.grid, axis=1)
+        assert len(np.unique(points, axis=0)) == len(points)
+    for row in baselines.ROWS:
+        assert row.belongs(baselines.BASELINES[row.baseline].grid).any()
+    noisy, clean = (
+        row.belongs(baselines.BASELINES["sgd"].grid)
+        for row in baselines.ROWS
+        if row.baseline == "sgd" and row.inner_gradient in ("noisy", "clean")
+    )
+    assert (noisy ^ clean).all()
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "adamw"])
+def test_weight_decay_of_each_baseline_is_its_textbook_one(name):
+    """One step from theta = 2 with gradient 0.5, learning rate 0.1 and decay 0.3."""
+    point = baselines.Hyperparameters(0.1, 0.3, 0.0)
+    optimizer, params = baselines.BASELINES[name].optimizer(point), jnp.array([2.0])
+    update, _ = optimizer.update(jnp.array([0.5]), optimizer.init(params), params)
+    # SGD: -0.1 (0.5 + 0.3 * 2). Adam's first step is -0.1 sign(g); AdamW adds -0.1 * 0.3 * 2.
+    expected = {"sgd": -0.11, "adam": -0.1, "adamw": -0.16}[name]
+    np.testing.assert_allclose(update, [expected], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tiny_table():
+    """Two-cell table on few examples, with grids of a few points."""
+    small = {
+        name: baseline._replace(grid=baselines.grid((1e-3, 3e-2), (0.0,), (0.0, 1.0)))
+        for name, baseline in baselines.BASELINES.items()
+    }
+    config = transfer.TransferConfig(
+        cells=(transfer.Cell("same architecture", "digits", "linear", 0.05),),
+        inner_steps=20, batch_size=32, seeds=2, tuning_seeds=1, attack_steps=5, restarts=1,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "BASELINES", small)
+        messages = []
+        records, curves = transfer.transfer_table(
+            config, optax.adam(3e-2), key=jax.random.key(0), report=messages.append
+        )
+    return config, records, curves, messages
+
+
+@pytest.mark.slow
+def test_table_has_a_record_for_every_row_and_seed(tiny_table):
+    _, records, curves, messages = tiny_table
+    rows = {(r["optimizer"], r["inner_gradient"]) for r in records}
+    expected = {(row.optimizer, row.inner_gradient) for row in baselines.ROWS}
+    assert rows == expected | {("meta-optimizer", "clean")}
+    assert len(records) == 2 * len(rows) and {r["seed"] for r in records} == {0, 1}
+    assert len(curves["learning"]) == len(curves["epsilon"]) == len(records)
+    assert len(messages) == len(rows) + 1
+    for record in records:
+        assert 0 <= record["robust_accuracy"] <= record["clean_accuracy"] <= 1
+        assert record["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_costs_are_counted(tiny_table):
+    """20 steps: 20 gradients, or with PGD-7 on batches of 32 160 gradients and 640 examples."""
+    _, records, _, _ = tiny_table
+    for record in records:
+        adversarial = record["inner_gradient"] == "adversarial"
+        assert record["gradient_evaluations"] == (160 if adversarial else 20)
+        assert record["adversarial_examples"] == (640 if adversarial else 0)
+        tuned = record["optimizer"] != "meta-optimizer"
+        assert (record["tuning_gradient_evaluations"] > 0) == tuned
+        assert bool(record["hyperparameters"]) == tuned
+
+
+@pytest.mark.slow
+def test_tuning_finds_the_learning_rate_that_learns(tiny_table):
+    """In 20 steps a linear model learns with 3e-2 and is near chance with 1e-3."""
+    _, records, _, _ = tiny_table
+    plain = [r for r in records if r["optimizer"] == "adam, no decay"]
+    assert all(np.isclose(r["hyperparameters"]["learning_rate"], 3e-2) for r in plain)
+    # The optimizer in the place of the meta-optimizer is that same one, so it does as well.
+    ours = [r["robust_accuracy"] for r in records if r["optimizer"] == "meta-optimizer"]
+    np.testing.assert_allclose(ours, [r["robust_accuracy"] for r in plain])
+
+
+@pytest.mark.slow
+def test_curves_end_where_the_table_is(tiny_table):
+    _, records, curves, _ = tiny_table
+    for record, learning, epsilon in zip(
+        records, curves["learning"], curves["epsilon"], strict=True
+    ):
+        assert learning["optimizer"] == record["optimizer"]
+        assert learning["steps"][-1] == 20
+        np.testing.assert_allclose(learning["clean_accuracy"][-1], record["clean_accuracy"])
+        np.testing.assert_allclose(epsilon["robust_accuracy"][0], record["clean_accuracy"])
+        assert epsilon["robust_accuracy"][-1] <= epsilon["robust_accuracy"][1]
+
+
+def test_held_out_accuracy_of_a_known_model():
+    """Margin x_0 - x_1 with labels 0: robust where it is above 2 epsilon = 0.2."""
+    x = jnp.array([[0.5, 0.4], [0.8, 0.1], [0.3, 0.6], [0.9, 0.65]])
+    batch = advmeta.Batch(x, jnp.zeros(4, jnp.int32))
+    optimizee = advmeta.Optimizee(lambda key, shape: {}, lambda params, x: x)
+    task = Task(batch, batch, advmeta.ThreatModel("linf", 0.1), optimizee, batch_size=1)
+    accuracy = held_out_accuracy(task, {}, jax.random.key(0), attack_steps=10, restarts=1)
+    assert accuracy.clean == 0.75 and accuracy.robust == 0.5
