@@ -1,0 +1,123 @@
+"""The transfer table, for the terminal and for a README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from advmeta.report.records import Transfer, transfer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+COSTS = ("gradient evaluations", "adversarial examples", "seconds a run")
+
+
+def table(records: Sequence[Mapping]) -> Table:
+    """Makes the transfer table for the terminal.
+
+    A row is an optimizer and its inner gradient, the meta-optimizer's last; a column is a setting.
+    A cell holds the mean of the robust accuracies over the seeds, their sample standard deviation
+    (nothing for one seed), and in brackets the mean clean accuracy. Records of different data
+    sets, architectures, threat models, attacks or numbers of inner steps never share a cell.
+
+    Args:
+      records: dicts as in results.json, one a row and seed. They hold optimizer, inner_gradient,
+        clean_accuracy and robust_accuracy, in [0, 1]; for the rest also setting, dataset,
+        architecture, norm, epsilon, attack, inner_steps, gradient_evaluations,
+        adversarial_examples, seconds and tuning_gradient_evaluations.
+
+    Returns:
+      A `rich.table.Table`, to be printed on a `rich.console.Console`.
+
+    Raises:
+      ValueError: no records, or one without the four that every record must hold.
+
+    Example:
+      >>> record = dict(optimizer="adam", inner_gradient="clean", setting="wider", dataset="digits",
+      ...               architecture="mlp-64", norm="linf", epsilon=0.1, attack="pgd-40x3")
+      >>> records = [record | dict(seed=seed, clean_accuracy=0.95, robust_accuracy=robust)
+      ...            for seed, robust in enumerate((0.48, 0.5, 0.52))]
+      >>> advmeta.report.table(records).row_count
+      1
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    layout = transfer(records)
+    caption = Text(f"{layout.caption} {_COST_CAPTION}", style="dim")
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption=caption,
+                 caption_justify="left")  # fmt: skip
+    made.add_column("optimizer\n(inner\ngradient)", width=LABEL_WIDTH)
+    for lines in _headers(layout):
+        header = Text("\n".join(_SHORT.get(line, line) for line in lines))
+        made.add_column(header, justify="right", width=CELL_WIDTH, overflow="fold")
+    costs = zip(*(layout.costs[row].strings() for row in layout.rows), strict=True)
+    for header, cells in zip(_SHORT_COSTS, costs, strict=True):
+        width = max(map(len, (*header.split(), *cells)))
+        made.add_column(header.replace(" ", "\n"), justify="right", width=width)
+    for row in layout.rows:
+        if row.meta:
+            made.add_section()
+        label = Text(f"{row.optimizer}\n({row.inner_gradient})")
+        cells = [_stacked(str(layout.cells.get((row, column), "-"))) for column in layout.columns]
+        style = "bold green" if row.meta else None
+        made.add_row(label, *cells, *layout.costs[row].strings(), style=style)
+    return made
+
+
+# Six settings fit a terminal of 80 columns, each number on a line of its own.
+LABEL_WIDTH, CELL_WIDTH = 14, 7
+_SHORT = {"same architecture": "same arch.", "other activation": "other activ."}
+_SHORT_COSTS = ("grad. evals", "adv. ex.", "sec. /run")
+_COST_CAPTION = "Grad. evals: gradient evaluations; adv. ex.: adversarial examples made."
+
+
+def _stacked(cell: str) -> Text:
+    """Robust accuracy, spread and clean accuracy below each other, the first one plain."""
+    from rich.text import Text
+
+    first, *rest = cell.replace("± ", "±").split()
+    return Text.assemble(first, *((f"\n{word}", "dim") for word in rest))
+
+
+def markdown(records: Sequence[Mapping]) -> str:
+    """Makes the transfer table of `advmeta.report.table` as GitHub markdown.
+
+    Args:
+      records: as for `advmeta.report.table`.
+
+    Returns:
+      The table, the meta-optimizer's rows in bold, and the caption as a paragraph below it.
+
+    Raises:
+      ValueError: as `advmeta.report.table`.
+
+    Example:
+      >>> record = dict(optimizer="adam", inner_gradient="clean", setting="wider", seed=0,
+      ...               clean_accuracy=0.95, robust_accuracy=0.5, gradient_evaluations=200,
+      ...               adversarial_examples=0, seconds=1.5)
+      >>> print(advmeta.report.markdown([record]).splitlines()[2])
+      | adam | clean | 0.500 (0.950) | 200 | 0 | 1.50 |
+    """
+    layout = transfer(records)
+    heads = [_escaped(lines) for lines in _headers(layout)]
+    header = ["optimizer", "inner gradient", *map("<br>".join, heads), *COSTS]
+    lines = [header, ["---", "---", *[":-:"] * len(heads), *["--:"] * len(COSTS)]]
+    for row in layout.rows:
+        cells = [str(layout.cells.get((row, column), "-")) for column in layout.columns]
+        line = _escaped([*row, *cells, *layout.costs[row].strings()])
+        lines.append([f"**{text}**" for text in line] if row.meta else line)
+    (caption,) = _escaped([layout.caption])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption}\n"
+
+
+def _headers(layout: Transfer) -> list[tuple[str, ...]]:
+    return [layout.header(column) or ("all",) for column in layout.columns]
+
+
+def _escaped(texts: Sequence[str]) -> list[str]:
+    marks = {"|": "\\|", "<": "&lt;", "*": "\\*", "\n": " "}
+    return [text.translate(str.maketrans(marks)) for text in texts]
