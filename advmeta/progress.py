@@ -1,0 +1,76 @@
+"""Live progress in a terminal, plain lines elsewhere."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from advmeta.evaluation.baselines import ROWS
+from advmeta.evaluation.transfer import TransferConfig
+from advmeta.meta_training import MetaTrainingConfig
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class _Bar:
+    """A progress bar; where there is no terminal, a line now and then."""
+
+    def __init__(self, title: str, total: int, console: Console):
+        self._console, self._total, self._done, self._last_line = console, total, 0, 0.0
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._title = title
+        self._task = self._progress.add_task(title, total=total, text="compiling")
+
+    def __enter__(self):
+        self._progress.start()
+        if not self._console.is_terminal:
+            self._console.print(f"{self._title}: compiling", markup=False)
+        return self
+
+    def __exit__(self, *_):
+        self._progress.stop()
+
+    def show(self, done: int, text: str) -> None:
+        self._progress.update(self._task, completed=done, text=text)
+        now = time.monotonic()
+        due = now - self._last_line > _SECONDS_BETWEEN_LINES or done == self._total
+        if due and not self._console.is_terminal:
+            self._last_line = now
+            line = f"{self._title}: {done}/{self._total}  {text}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class MetaTrainingProgress(_Bar):
+    """Outer steps, the meta-loss and, now and then, accuracy on the selection tasks."""
+
+    def __init__(self, config: MetaTrainingConfig, console: Console):
+        super().__init__("meta-training", config.outer_steps, console)
+        self._accuracy, self._skipped = "", 0
+
+    def update(self, record: dict) -> None:
+        self._skipped += record["skipped_steps"]
+        if "robust_accuracy" in record:
+            clean, robust = record["clean_accuracy"], record["robust_accuracy"]
+            self._accuracy = f"  robust {robust:.3f}  clean {clean:.3f}"
+        skipped = f"  skipped {self._skipped}" if self._skipped else ""
+        self.show(record["outer_step"], f"loss {record['meta_loss']:.3f}{self._accuracy}{skipped}")
+
+
+class TableProgress(_Bar):
+    """The parts of the transfer table; a part is a message of `transfer_table`."""
+
+    def __init__(self, config: TransferConfig, console: Console):
+        parts = len(config.cells) * (len(ROWS) + 2)  # tuning, the rows, and the meta-optimizer's
+        super().__init__("transfer table", parts, console)
+
+    def update(self, message: str) -> None:
+        self._done += 1
+        self.show(self._done, message)

@@ -1,0 +1,85 @@
+"""The command line: parsing, files written, exit codes."""
+
+import json
+
+import pytest
+
+import advmeta
+from advmeta import cli
+from advmeta.evaluation import transfer
+from advmeta.meta_training import MetaTrainingConfig
+
+TINY = [
+    "--training.outer-steps", "2", "--training.lanes", "1", "--training.evaluate-every", "2",
+    "--training.horizon", "20", "20", "--training.meta-optimizer.hidden", "4",
+    "--training.tasks.0.optimizee", "linear", "--training.selection.0.optimizee", "linear",
+]  # fmt: skip
+
+
+def test_no_options_are_the_defaults():
+    assert cli.parse(["run"]) == cli.Run()
+    assert cli.parse(["meta-train"]) == cli.MetaTrain(training=MetaTrainingConfig())
+    assert cli.parse(["evaluate"]).table == transfer.TransferConfig()
+
+
+def test_options_reach_the_nested_configs():
+    command = cli.parse(["meta-train", "--seed", "5", *TINY])
+    assert command.seed == 5
+    assert command.training.horizon == (20, 20)
+    assert command.training.tasks[0].optimizee == "linear"
+    assert command.training.meta_optimizer.hidden == (4,)
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"seed": 4, "output": "elsewhere", "training": {"lanes": 3, "clip": 2.0}}')
+    for option in (["--config", str(path)], [f"--config={path}"]):
+        command = cli.parse(["meta-train", *option, "--training.lanes", "2"])
+        assert (command.seed, command.output) == (4, None)
+        assert (command.training.lanes, command.training.clip) == (2, 2.0)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_says_how_to_call_it(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"advmeta {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["meta-train", "--training.truncation", "30"], "truncation=30 must divide"),
+        (["evaluate", "--weights", "imagenet"], "'imagenet' is unknown"),
+        (["run", "--config", "missing.json"], "cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in " ".join(error.split()) and "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_meta_train_writes_what_it_says(tmp_path, capsys):
+    folder = tmp_path / "out"
+    cli.main(["meta-train", "--output", str(folder), *TINY])
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "card.json", "metrics.jsonl", "meta_optimizer.safetensors",
+            "meta_optimizer.json", "report.html"} <= names  # fmt: skip
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["outer_step"] == 2 and 0 <= records[-1]["robust_accuracy"] <= 1
+    card = json.loads((folder / "meta_optimizer.json").read_text())
+    assert card["training"]["meta_optimizer"]["hidden"] == [4] and card["seed"] == 0
+    optimizer = advmeta.load_meta_optimizer(folder / "meta_optimizer.safetensors")
+    assert callable(optimizer.update)
+    # A folder with a run in it is never written over.
+    before = (folder / "card.json").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["meta-train", "--output", str(folder), *TINY])
+    assert stopped.value.code == 2 and "already holds a run" in capsys.readouterr().err
+    assert (folder / "card.json").read_bytes() == before
