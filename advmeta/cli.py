@@ -1,6 +1,7 @@
 """The command line: argv -> frozen configs -> calls. The only place that prints."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ from advmeta.progress import MetaTrainingProgress, TableProgress
 from advmeta.types import MetaParams
 
 _WEIGHTS = "meta_optimizer.safetensors"
+_ACCELERATOR_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "libtpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,18 +83,25 @@ COMMANDS = {"run": Run, "meta-train": MetaTrain, "evaluate": Evaluate}
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``advmeta``; exits with 2 where the input cannot be."""
-    # On a CPU most of a short run is compiling, and at this level that takes a quarter of the time
-    # and the result runs as fast. XLA reads its flags when JAX makes its first array.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+    _compile_quickly_on_a_cpu()
     argv = sys.argv[1:] if argv is None else argv
     console = Console()
     try:
         command = parse(argv)
-        folder = _DO[type(command)](command, console)
+        folder = _DO[type(command)](command, shlex.join(["advmeta", *argv]), console)
     except ValueError as error:
         Console(stderr=True).print(f"advmeta: {error}", style="red", markup=False)
         sys.exit(2)
     console.print(f"written to {folder}", markup=False)
+
+
+def _compile_quickly_on_a_cpu() -> None:
+    """Most of a short run on a CPU is compiling: at this level it takes a quarter of the time.
+
+    What is compiled runs as fast. XLA reads its flags when JAX makes its first array.
+    """
+    if not any(map(importlib.util.find_spec, _ACCELERATOR_PLUGINS)):
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 
 def parse(argv: list[str]) -> Run | MetaTrain | Evaluate:
@@ -129,22 +138,22 @@ def _open_folder(command) -> pathlib.Path:
     return folder
 
 
-def _run(command: Run, console: Console) -> pathlib.Path:
+def _run(command: Run, line: str, console: Console) -> pathlib.Path:
     folder = _open_folder(command)
-    meta_params = _train_and_save(command, folder, console)
+    meta_params = _train_and_save(command, line, folder, console)
     optimizer = scale_by_meta_optimizer(meta_params, command.training.meta_optimizer)
     _make_table(command, optimizer, folder, console)
     return folder
 
 
-def _meta_train(command: MetaTrain, console: Console) -> pathlib.Path:
+def _meta_train(command: MetaTrain, line: str, console: Console) -> pathlib.Path:
     folder = _open_folder(command)
-    _train_and_save(command, folder, console)
+    _train_and_save(command, line, folder, console)
     report.write(folder)
     return folder
 
 
-def _evaluate(command: Evaluate, console: Console) -> pathlib.Path:
+def _evaluate(command: Evaluate, line: str, console: Console) -> pathlib.Path:
     optimizer = load_meta_optimizer(command.weights)  # before a folder is made for nothing
     folder = _open_folder(command)
     _make_table(command, optimizer, folder, console)
@@ -154,9 +163,15 @@ def _evaluate(command: Evaluate, console: Console) -> pathlib.Path:
 _DO = {Run: _run, MetaTrain: _meta_train, Evaluate: _evaluate}
 
 
-def _train_and_save(command: Run | MetaTrain, folder: pathlib.Path, console: Console) -> MetaParams:
-    """Meta-trains, logging each record, and writes the weights with their card."""
+def _train_and_save(
+    command: Run | MetaTrain, line: str, folder: pathlib.Path, console: Console
+) -> MetaParams:
+    """Meta-trains, logging each record, and writes the weights with their card.
+
+    ``line`` is what was typed.
+    """
     config, start = command.training, time.perf_counter()
+    made_with = environment.describe()
     with (folder / "metrics.jsonl").open("w") as log, MetaTrainingProgress(config, console) as bar:
 
         def on_record(record: dict) -> None:
@@ -170,10 +185,10 @@ def _train_and_save(command: Run | MetaTrain, folder: pathlib.Path, console: Con
     best = max((r for r in history if "robust_accuracy" in r), key=lambda r: r["robust_accuracy"])
     card = {
         "name": folder.name,
-        "command": shlex.join(["advmeta", *sys.argv[1:]]),
+        "command": line,
         "seed": command.seed,
         "seconds": round(time.perf_counter() - start, 1),
-        **environment.describe(),
+        **made_with,
         "training": json.loads(config_files.to_json(config)),
         "selected_at": best,
     }

@@ -9,11 +9,15 @@ from collections.abc import Callable
 
 import jax
 import optax
+from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import Partial
 
 from advmeta.attacks.projected_gradient import pgd
 from advmeta.tasks import Task, draw
 from advmeta.types import Array, Batch, Key, Params
+
+# What a rematerialised step stores instead of computing it again: see `advmeta.unroll.unroll`.
+CONSTANT = "constant"
 
 InnerGradient = Callable[[Task, Params, Key], tuple[Array, Params]]
 
@@ -29,7 +33,7 @@ def attacked(task: Task, params: Params, batch: Batch, key: Key, steps: int) -> 
     params, batch = jax.lax.stop_gradient((params, batch))
     logits_fn = Partial(task.optimizee.apply, params)
     result = pgd(logits_fn, *batch, threat_model=task.threat_model, key=key, steps=steps)
-    return batch._replace(x=jax.lax.stop_gradient(result.x_adv))
+    return batch._replace(x=checkpoint_name(jax.lax.stop_gradient(result.x_adv), CONSTANT))
 
 
 def clean(task: Task, params: Params, key: Key) -> tuple[Array, Params]:

@@ -53,10 +53,10 @@ class MetaTrainingConfig:
     meta_optimizer: MetaOptimizerConfig = MetaOptimizerConfig()
     meta_loss: MetaLossConfig = MetaLossConfig()
     inner_gradient: str = "clean"
-    outer_steps: int = 300
+    outer_steps: int = 250
     lanes: int = 4
     truncation: int = 20
-    horizon: tuple[int, int] = (60, 200)
+    horizon: tuple[int, int] = (160, 240)
     learning_rate: float = 3e-3
     clip: float = 1.0
     average: float = 0.98
@@ -187,6 +187,7 @@ def default_outer_optimizer(config: MetaTrainingConfig) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def init_outer(
     config: MetaTrainingConfig,
     families: tuple[TaskFamily, ...],
@@ -208,7 +209,7 @@ def init_outer(
     )
     return OuterState(
         meta_params=meta_params,
-        average=jax.tree.map(jnp.copy, meta_params),
+        average=meta_params,
         outer_opt_state=outer_optimizer.init(meta_params),
         lanes=lanes,
         key=outer_key,

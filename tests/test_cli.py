@@ -12,7 +12,7 @@ from advmeta.meta_training import MetaTrainingConfig
 TINY = [
     "--training.outer-steps", "2", "--training.lanes", "1", "--training.evaluate-every", "2",
     "--training.horizon", "20", "20", "--training.meta-optimizer.hidden", "4",
-    "--training.tasks.0.optimizee", "linear", "--training.selection.0.optimizee", "linear",
+    "--training.truncation", "20", "--training.selection.0.optimizee", "linear",
 ]  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def test_options_reach_the_nested_configs():
     command = cli.parse(["meta-train", "--seed", "5", *TINY])
     assert command.seed == 5
     assert command.training.horizon == (20, 20)
-    assert command.training.tasks[0].optimizee == "linear"
+    assert command.training.selection[0].optimizee == "linear"
     assert command.training.meta_optimizer.hidden == (4,)
 
 
@@ -75,6 +75,7 @@ def test_meta_train_writes_what_it_says(tmp_path, capsys):
     assert records[-1]["outer_step"] == 2 and 0 <= records[-1]["robust_accuracy"] <= 1
     card = json.loads((folder / "meta_optimizer.json").read_text())
     assert card["training"]["meta_optimizer"]["hidden"] == [4] and card["seed"] == 0
+    assert card["command"].startswith("advmeta meta-train --output ")
     optimizer = advmeta.load_meta_optimizer(folder / "meta_optimizer.safetensors")
     assert callable(optimizer.update)
     # A folder with a run in it is never written over.

@@ -129,6 +129,7 @@ def test_epsilon_is_traced_and_norm_is_static():
         ({"epsilon": float("nan")}, "epsilon=nan must be finite"),
         ({"epsilon": float("inf")}, "epsilon=inf must be finite"),
         ({"epsilon": np.array([0.1, -0.1])}, "must be finite and at least 0"),
+        ({"epsilon": jnp.array([0.1, -0.1])}, "must be finite and at least 0"),
         ({"bounds": (1.0, 0.0)}, r"bounds=\(1.0, 0.0\): the lower bound must be below"),
         ({"bounds": (0.5, 0.5)}, "the lower bound must be below"),
     ],

@@ -49,7 +49,8 @@ class ThreatModel:
                 "images in [0, 1] have bounds=(0.0, 1.0)"
             )
         # Tracers, and the placeholders that tree transformations put here, cannot be looked at.
-        if isinstance(self.epsilon, (int, float, np.ndarray, np.number)):
+        known = (int, float, np.ndarray, np.number, jax.Array)
+        if isinstance(self.epsilon, known) and not isinstance(self.epsilon, jax.core.Tracer):
             epsilon = np.asarray(self.epsilon)
             if not (np.isfinite(epsilon).all() and (epsilon >= 0).all()):
                 raise ValueError(

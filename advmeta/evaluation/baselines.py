@@ -72,7 +72,7 @@ def adamw(point: Hyperparameters) -> optax.GradientTransformation:
 _ADAM_RATES, _SGD_RATES = (1e-3, 3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1, 3e-1)
 _L2 = (0.0, 3e-3, 1e-2, 3e-2, 1e-1)
 _DECAY = (0.0, 0.3, 1.0, 3.0, 10.0)
-_NOISE = (0.0, 1.0, 3.0)
+_NOISE = (0.0, 2.0)
 
 
 def grid(*axes: tuple[float, ...]) -> Hyperparameters:
