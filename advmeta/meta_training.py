@@ -53,10 +53,10 @@ class MetaTrainingConfig:
     meta_optimizer: MetaOptimizerConfig = MetaOptimizerConfig()
     meta_loss: MetaLossConfig = MetaLossConfig()
     inner_gradient: str = "clean"
-    outer_steps: int = 250
+    outer_steps: int = 400
     lanes: int = 4
     truncation: int = 20
-    horizon: tuple[int, int] = (160, 240)
+    horizon: tuple[int, int] = (60, 200)
     learning_rate: float = 3e-3
     clip: float = 1.0
     average: float = 0.98
