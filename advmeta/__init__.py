@@ -24,4 +24,3 @@ from advmeta.tasks import TaskFamily as TaskFamily
 from advmeta.types import Batch as Batch
 from advmeta.types import Optimizee as Optimizee
 from advmeta.unroll import train as train
-from advmeta.unroll import unroll as unroll
