@@ -35,7 +35,7 @@ def test_layer_features_of_a_kernel():
     position = features.LayerPosition(True, False, False, fan_in=2, fan_out=2)
     tensor, row, column = features.layer_features(kernel, position)
     log2, s = np.log(2) / 10, np.sqrt(5)
-    np.testing.assert_allclose(tensor, [1, 0, 0, 0, log2, log2, np.log(s) / 10], atol=1e-6)
+    np.testing.assert_allclose(tensor, [1, 0, 0, log2, log2, np.log(s) / 10], atol=1e-6)
     np.testing.assert_allclose(row, np.array([[[1 / s]], [[3 / s]]]), rtol=1e-5)
     np.testing.assert_allclose(column, np.array([[[2 / s], [2 / s]]]), rtol=1e-5)
 

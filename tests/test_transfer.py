@@ -101,9 +101,10 @@ def test_tuning_finds_the_learning_rate_that_learns(tiny_table):
     _, records, _, _ = tiny_table
     plain = [r for r in records if r["optimizer"] == "adam, no decay"]
     assert all(np.isclose(r["hyperparameters"]["learning_rate"], 3e-2) for r in plain)
-    # The optimizer in the place of the meta-optimizer is that same one, so it does as well.
+    # The optimizer in the place of the meta-optimizer is that same one, on other batches.
     ours = [r["robust_accuracy"] for r in records if r["optimizer"] == "meta-optimizer"]
-    np.testing.assert_allclose(ours, [r["robust_accuracy"] for r in plain])
+    tuned = [r["robust_accuracy"] for r in plain]
+    assert abs(np.mean(ours) - np.mean(tuned)) < 0.1
 
 
 @pytest.mark.slow
