@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _compile_quickly_on_a_cpu() -> None:
-    """Most of a short run on a CPU is compiling: at this level it takes a quarter of the time.
+    """Most of a short run on a CPU is compiling: this level takes down to a quarter of the time.
 
     What is compiled runs as fast. XLA reads its flags when JAX makes its first array.
     """

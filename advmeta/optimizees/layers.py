@@ -48,7 +48,7 @@ def dense(params: Params, x: Array) -> Array:
 def conv(params: Params, x: Array, stride: int) -> Array:
     """A "SAME" convolution, as a product of patches and the kernel.
 
-    XLA's own convolution is 4 to 9 times slower on a CPU at the sizes of optimizees (128 images of
+    XLA's own convolution is 6 to 9 times slower on a CPU at the sizes of optimizees (128 images of
     8x8, 8 and 16 channels), and slower yet when `jax.vmap` gives each model its own kernel.
     """
     height, width, inputs, outputs = params["kernel"].shape
