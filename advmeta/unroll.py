@@ -1,6 +1,7 @@
 """A run of inner steps as one `jax.lax.scan`, for any optax optimizer."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -78,8 +79,8 @@ def unroll(
       True
     """
 
-    def step(state: InnerState, _):
-        gradient_key, evaluation_key = jax.random.split(jax.random.fold_in(key, state.step))
+    def step(state: InnerState, keys: Key):
+        gradient_key, evaluation_key = keys
         loss, gradient = inner_gradient(task, state.params, gradient_key)
         gradient = checkpoint_name(gradient, CONSTANT)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -92,7 +93,10 @@ def unroll(
     # activations of a truncation are bound by memory. What nothing differentiates through, the
     # inner gradient and the attacked examples, is small and costs many passes: it is stored.
     keep = jax.checkpoint_policies.save_only_these_names(CONSTANT)
-    return jax.lax.scan(jax.checkpoint(step, policy=keep), state, length=steps)
+    # All keys at once: hashing them one by one is a good part of what the loop would do.
+    step_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(state.step + jnp.arange(steps))
+    step_keys = jax.vmap(jax.random.split)(step_keys)
+    return jax.lax.scan(jax.checkpoint(step, policy=keep), state, step_keys)
 
 
 def train(

@@ -361,19 +361,30 @@ def test_new_meta_params_are_an_argument_and_not_a_recompilation(name):
     assert float(jnp.abs(kernels([other])[0] - kernels(reference(name)[0])[0]).max()) > 1e-4
 
 
-def test_a_readout_of_zero_is_adamw():
-    # tanh 0 = 0 and exp 0 = 1: u = -eta m_hat / (sqrt(v_hat) + eps) - lambda theta, which is AdamW
-    # of weight decay lambda / eta, as optax multiplies the decay by the learning rate.
-    config = MetaOptimizerConfig((2,), FEATURES, learning_rate=0.02, decay=0.004)
+def test_a_readout_of_zero_is_adam_with_shrinkage():
+    # tanh 0 = 0 and exp 0 = 1: u = -eta m_hat / (sqrt(v_hat) + eps) - lambda rms tanh(theta /
+    # (0.3 rms)), without the last term where the leaf has one axis or none.
+    config = MetaOptimizerConfig((2,), FEATURES, learning_rate=0.02, shrinkage=0.3)
     meta_params = random_meta_params(config)
     meta_params["readout"] = jax.tree.map(np.zeros_like, meta_params["readout"])
     ours = compile_update(scale_by_meta_optimizer(meta_params, config))
-    adamw = optax.adamw(0.02, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.004 / 0.02)
-    assert_close(loop(ours)[0], loop(adamw)[0], rtol=1e-5, atol=1e-7)
+
+    def shrinkage(theta):
+        rms = np.sqrt(np.mean(np.square(theta)) + 1e-6)
+        return 0.3 * rms * np.tanh(theta / (0.3 * rms)) * (np.ndim(theta) >= 2)
+
+    adam = optax.adam(0.02)
+
+    def update(gradient, state, params):
+        updates, state = adam.update(gradient, state)
+        return jax.tree.map(lambda u, p: u - shrinkage(p), updates, params), state
+
+    expected = optax.GradientTransformation(adam.init, update)
+    assert_close(loop(ours)[0], loop(expected)[0], rtol=1e-5, atol=1e-7)
 
 
 def test_updates_are_bounded_whatever_the_meta_params():
-    # |tanh| <= 1: |u| <= eta (shift + e^2 |direction|) + lambda e^2 |theta|; with "log_sign" alone
+    # |tanh| <= 1: |u| <= eta (shift + e^2 |direction|) + lambda e^2 rms; with "log_sign" alone
     # that is eta * shift.
     config = CONFIGS["log_sign"]
     meta_params = random_meta_params(config, scale=1e3)
