@@ -32,7 +32,7 @@ class MetaTrainingConfig:
       selection: what the best meta-parameters are chosen on.
       meta_optimizer: what the LSTM sees and how large it is.
       meta_loss: what is minimised.
-      inner_gradient: "clean", "adversarial" or "replayed".
+      inner_gradient: a name that `advmeta.inner_gradients.by_name` knows.
       outer_steps: updates of the meta-parameters.
       lanes: episodes of each task that run side by side.
       truncation: inner steps that one outer step backpropagates through.
@@ -291,7 +291,8 @@ def new_lane(
     """A new episode: a task, fresh parameters, a horizon."""
     task_key, init_key, _ = jax.random.split(key, 3)
     optimizer = scale_by_meta_optimizer(meta_params, config.meta_optimizer)
-    inner = init_inner(family.sample(task_key), optimizer, init_key)
+    inner_gradient = inner_gradients.by_name(config.inner_gradient)
+    inner = init_inner(family.sample(task_key), optimizer, init_key, inner_gradient)
     return Lane(inner, key, _draw_horizon(config, key, shortest=config.horizon[0]))
 
 

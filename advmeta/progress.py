@@ -5,7 +5,6 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from advmeta.evaluation.baselines import ROWS
 from advmeta.evaluation.transfer import TransferConfig
 from advmeta.meta_training import MetaTrainingConfig
 
@@ -68,7 +67,7 @@ class TableProgress(_Bar):
     """The parts of the transfer table; a part is a message of `transfer_table`."""
 
     def __init__(self, config: TransferConfig, console: Console):
-        parts = len(config.cells) * (len(ROWS) + 2)  # tuning, the rows, and the meta-optimizer's
+        parts = len(config.cells) * (len(config.rows) + 2)  # tuning, and the meta-optimizer's
         super().__init__("transfer table", parts, console)
 
     def update(self, message: str) -> None:

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
 
-from advmeta.inner_gradients import CONSTANT, InnerGradient, attacked, clean
+from advmeta.inner_gradients import (
+    CONSTANT,
+    InnerGradient,
+    StatefulGradient,
+    attacked,
+    clean,
+    stateful,
+)
 from advmeta.tasks import Task, TaskFamily
 from advmeta.types import Array, Batch, Key, Params, PyTree
 
@@ -23,6 +30,7 @@ class InnerState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     step: Array  # [] int32: inner steps since the start of the episode
+    gradient_state: PyTree = ()  # of the inner gradient, where it remembers anything
 
 
 class Trajectory(NamedTuple):
@@ -33,10 +41,16 @@ class Trajectory(NamedTuple):
     evaluation: PyTree  # what `evaluate` gave after the update; None without it
 
 
-def init_inner(task: Task, optimizer: optax.GradientTransformation, key: Key) -> InnerState:
-    """Fresh parameters and a fresh optimizer state."""
+def init_inner(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    key: Key,
+    inner_gradient: InnerGradient = clean,
+) -> InnerState:
+    """Fresh parameters, and fresh states of the optimizer and the inner gradient."""
     params = task.optimizee.init(key, task.train.x.shape[1:])
-    return InnerState(params, optimizer.init(params), jnp.zeros([], jnp.int32))
+    gradient_state = stateful(inner_gradient).init(task)
+    return InnerState(params, optimizer.init(params), jnp.zeros([], jnp.int32), gradient_state)
 
 
 def unroll(
@@ -69,6 +83,9 @@ def unroll(
     Returns:
       The state after the last step, and the `Trajectory`.
 
+    Raises:
+      ValueError: the inner gradient remembers something, and the state was made for another one.
+
     Example:
       >>> digits = advmeta.data.load("digits")
       >>> task = Task(digits.train, digits.test, advmeta.ThreatModel(), advmeta.optimizees.mlp())
@@ -78,16 +95,20 @@ def unroll(
       >>> bool(trajectory.loss[-10:].mean() < 0.5 * trajectory.loss[0])
       True
     """
+    inner_gradient = stateful(inner_gradient)
+    _check_gradient_state(task, inner_gradient, state)
 
     def step(state: InnerState, keys: Key):
         gradient_key, evaluation_key = keys
-        loss, gradient = inner_gradient(task, state.params, gradient_key)
+        loss, gradient, gradient_state = inner_gradient.apply(
+            task, state.params, gradient_key, state.gradient_state
+        )
         gradient = checkpoint_name(gradient, CONSTANT)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         evaluation = evaluate(params, evaluation_key) if evaluate else None
         info = Trajectory(loss, optax.tree.norm(gradient), evaluation)
-        return InnerState(params, opt_state, state.step + 1), info
+        return InnerState(params, opt_state, state.step + 1, gradient_state), info
 
     # Recomputing a step in the backward pass is faster than storing what the LSTM did in it: the
     # activations of a truncation are bound by memory. What nothing differentiates through, the
@@ -97,6 +118,16 @@ def unroll(
     step_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(state.step + jnp.arange(steps))
     step_keys = jax.vmap(jax.random.split)(step_keys)
     return jax.lax.scan(jax.checkpoint(step, policy=keep), state, step_keys)
+
+
+def _check_gradient_state(task: Task, inner_gradient: StatefulGradient, state: InnerState) -> None:
+    expected = jax.tree.structure(jax.eval_shape(inner_gradient.init, task))
+    found = jax.tree.structure(state.gradient_state)
+    if found != expected:
+        raise ValueError(
+            f"the state's gradient_state is a {found}, and this inner gradient remembers a "
+            f"{expected}: start from init_inner(task, optimizer, key, inner_gradient)"
+        )
 
 
 def train(
@@ -110,7 +141,7 @@ def train(
 ) -> tuple[Params, Trajectory]:
     """A whole episode, from fresh parameters; arguments as in `unroll`."""
     init_key, episode_key = jax.random.split(key)
-    state = init_inner(task, optimizer, init_key)
+    state = init_inner(task, optimizer, init_key, inner_gradient)
     state, trajectory = unroll(
         task, optimizer, state, episode_key,
         steps=steps, inner_gradient=inner_gradient, evaluate=evaluate,

@@ -6,7 +6,7 @@ import pytest
 
 import advmeta
 from advmeta import cli
-from advmeta.evaluation import transfer
+from advmeta.evaluation import baselines, transfer
 from advmeta.meta_training import MetaTrainingConfig
 
 TINY = [
@@ -19,7 +19,14 @@ TINY = [
 def test_no_options_are_the_defaults():
     assert cli.parse(["run"]) == cli.Run()
     assert cli.parse(["meta-train"]) == cli.MetaTrain(training=MetaTrainingConfig())
-    assert cli.parse(["evaluate"]).table == transfer.TransferConfig()
+    assert cli.parse(["evaluate"]).table == transfer.TransferConfig(rows=tuple(baselines.ROWS))
+
+
+def test_the_quick_rows_are_made_by_a_run_and_every_row_by_evaluate():
+    assert cli.parse(["run"]).table.rows == baselines.QUICK_ROWS
+    assert not {"trades", "fgsm-rs", "free", "yopo", "vat"} & set(baselines.QUICK_ROWS)
+    chosen = cli.parse(["run", "--table.rows", "adam", "free"]).table.rows
+    assert chosen == ("adam", "free")
 
 
 def test_options_reach_the_nested_configs():
@@ -53,6 +60,10 @@ def test_help_says_how_to_call_it(command, capsys):
         (["meta-train", "--training.truncation", "30"], "truncation=30 must divide"),
         (["evaluate", "--weights", "imagenet"], "'imagenet' is unknown"),
         (["run", "--config", "missing.json"], "cannot be read"),
+        (
+            ["run", "--table.rows", "mart"],
+            "rows=['mart'] are unknown; the known ones are ['adam-no",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(argv, message, tmp_path, monkeypatch, capsys):

@@ -94,7 +94,7 @@ def test_meta_gradient_agrees_with_finite_differences():
 
         def run(phi, recorded=None):
             optimizer = scale_by_meta_optimizer(phi, config.meta_optimizer)
-            (params, opt_state, _), loss, record = lane.inner, 0.0, []
+            (params, opt_state, *_), loss, record = lane.inner, 0.0, []
             for t in range(3):
                 gradient_key, evaluation_key = jax.random.split(jax.random.fold_in(episode_key, t))
                 draw_key, attack_key = jax.random.split(evaluation_key)

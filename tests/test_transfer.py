@@ -27,11 +27,11 @@ def test_grids_hold_every_combination_and_rows_cover_them():
     for baseline in baselines.BASELINES.values():
         points = np.stack(baseline.grid, axis=1)
         assert len(np.unique(points, axis=0)) == len(points)
-    for row in baselines.ROWS:
+    for row in baselines.ROWS.values():
         assert row.belongs(baselines.BASELINES[row.baseline].grid).any()
     noisy, clean = (
         row.belongs(baselines.BASELINES["sgd"].grid)
-        for row in baselines.ROWS
+        for row in baselines.ROWS.values()
         if row.baseline == "sgd" and row.inner_gradient in ("noisy", "clean")
     )
     assert (noisy ^ clean).all()
@@ -48,15 +48,21 @@ def test_weight_decay_of_each_baseline_is_its_textbook_one(name):
     np.testing.assert_allclose(update, [expected], rtol=1e-5)
 
 
+def test_unknown_rows_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"rows=\['mart'\] are unknown; .*'adam', .*'trades'"):
+        transfer.TransferConfig(rows=("adam", "mart"))
+
+
 @pytest.fixture(scope="module")
 def tiny_table():
-    """Two-cell table on few examples, with grids of a few points."""
+    """A table of one cell on few examples, with a row of each kind and grids of a few points."""
     small = {
         name: baseline._replace(grid=baselines.grid((1e-3, 3e-2), (0.0,), (0.0, 1.0)))
         for name, baseline in baselines.BASELINES.items()
     }
     config = transfer.TransferConfig(
         cells=(transfer.Cell("same architecture", "digits", "linear", 0.05),),
+        rows=("adam-no-decay", "adam-noisy", "adversarial", "free"),
         inner_steps=20, batch_size=32, seeds=2, tuning_seeds=1, attack_steps=5, restarts=1,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -70,9 +76,10 @@ def tiny_table():
 
 @pytest.mark.slow
 def test_table_has_a_record_for_every_row_and_seed(tiny_table):
-    _, records, curves, messages = tiny_table
+    config, records, curves, messages = tiny_table
     rows = {(r["optimizer"], r["inner_gradient"]) for r in records}
-    expected = {(row.optimizer, row.inner_gradient) for row in baselines.ROWS}
+    named = [baselines.ROWS[name] for name in config.rows]
+    expected = {(row.optimizer, row.inner_gradient) for row in named}
     assert rows == expected | {("meta-optimizer", "clean")}
     assert len(records) == 2 * len(rows) and {r["seed"] for r in records} == {0, 1}
     assert len(curves["learning"]) == len(curves["epsilon"]) == len(records)
@@ -84,12 +91,12 @@ def test_table_has_a_record_for_every_row_and_seed(tiny_table):
 
 @pytest.mark.slow
 def test_costs_are_counted(tiny_table):
-    """20 steps: 20 gradients, or with PGD-7 on batches of 32 160 gradients and 640 examples."""
+    """20 steps on batches of 32: 20 gradients, 160 with PGD-7; 640 examples with an attack."""
     _, records, _, _ = tiny_table
     for record in records:
-        adversarial = record["inner_gradient"] == "adversarial"
-        assert record["gradient_evaluations"] == (160 if adversarial else 20)
-        assert record["adversarial_examples"] == (640 if adversarial else 0)
+        recipe = record["inner_gradient"]
+        assert record["gradient_evaluations"] == (160 if recipe == "adversarial" else 20)
+        assert record["adversarial_examples"] == 640 * (recipe in ("adversarial", "free"))
         tuned = record["optimizer"] != "meta-optimizer"
         assert (record["tuning_gradient_evaluations"] > 0) == tuned
         assert bool(record["hyperparameters"]) == tuned

@@ -81,7 +81,7 @@ def compiled_update(name):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("gradient", INNER_GRADIENTS)
 def test_unroll_is_a_python_loop(optimizer, gradient):
-    (params, opt_state, _), losses, norms, path = state_of(optimizer), [], [], []
+    (params, opt_state, *_), losses, norms, path = state_of(optimizer), [], [], []
     for t in range(STEPS):
         gradient_key, _ = jax.random.split(jax.random.fold_in(KEY, t))
         loss, g = compiled_gradient(gradient)(TASK, params, gradient_key)

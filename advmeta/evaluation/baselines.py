@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from advmeta import inner_gradients
+from advmeta.inner_gradients import RECIPES, InnerGradient, noisy
 from advmeta.tasks import Task
 from advmeta.types import Array
 
@@ -26,18 +26,17 @@ class Baseline(NamedTuple):
     """An optimizer, the inner gradient it is given, and what is tried for it."""
 
     optimizer: Callable[[Hyperparameters], optax.GradientTransformation]
-    attack_steps: int  # PGD steps on each training batch; 0: none
+    recipe: str  # of RECIPES; the clean one is given the noise of each point
     grid: Hyperparameters
     repeats: int = 1  # a small grid is judged on so many times the models
 
     def make(
         self, point: Hyperparameters, task: Task
-    ) -> tuple[optax.GradientTransformation, inner_gradients.InnerGradient]:
+    ) -> tuple[optax.GradientTransformation, InnerGradient]:
         """The optimizer and the inner gradient at a point of the grid."""
-        if self.attack_steps:
-            return self.optimizer(point), inner_gradients.adversarial(self.attack_steps)
-        noise = point.noise * task.threat_model.epsilon
-        return self.optimizer(point), inner_gradients.noisy(noise)
+        if self.recipe == "clean":
+            return self.optimizer(point), noisy(point.noise * task.threat_model.epsilon)
+        return self.optimizer(point), RECIPES[self.recipe].inner_gradient
 
 
 class Row(NamedTuple):
@@ -81,11 +80,16 @@ def grid(*axes: tuple[float, ...]) -> Hyperparameters:
     return Hyperparameters(*points.T)
 
 
+_ROBUST_RECIPES = ("adversarial", "trades", "fgsm-rs", "free", "yopo", "vat")
+
 BASELINES = {
-    "adam": Baseline(adam, 0, grid(_ADAM_RATES, _L2, _NOISE)),
-    "sgd": Baseline(sgd, 0, grid(_SGD_RATES, _L2, _NOISE)),
-    "adamw": Baseline(adamw, 0, grid(_ADAM_RATES, _DECAY, _NOISE)),
-    "adversarial": Baseline(adam, 7, grid(_ADAM_RATES, (0.0,), (0.0,)), repeats=4),
+    "adam": Baseline(adam, "clean", grid(_ADAM_RATES, _L2, _NOISE)),
+    "sgd": Baseline(sgd, "clean", grid(_SGD_RATES, _L2, _NOISE)),
+    "adamw": Baseline(adamw, "clean", grid(_ADAM_RATES, _DECAY, _NOISE)),
+    **{
+        recipe: Baseline(adam, recipe, grid(_ADAM_RATES, (0.0,), (0.0,)), repeats=4)
+        for recipe in _ROBUST_RECIPES
+    },
 }
 
 
@@ -101,16 +105,18 @@ def _noise(point: Hyperparameters) -> np.ndarray:
     return point.noise > 0
 
 
-ROWS = (
-    Row("adam, no decay", "clean", "adam", _plain),
-    Row("adam", "clean", "adam", _no_noise),
-    Row("sgd", "clean", "sgd", _no_noise),
-    Row("adamw", "clean", "adamw", _no_noise),
-    Row("adam", "noisy", "adam", _noise),
-    Row("sgd", "noisy", "sgd", _noise),
-    Row("adamw", "noisy", "adamw", _noise),
-    Row("adam", "adversarial", "adversarial", lambda point: point.noise == 0),
-)
+ROWS = {
+    "adam-no-decay": Row("adam, no decay", "clean", "adam", _plain),
+    "adam": Row("adam", "clean", "adam", _no_noise),
+    "sgd": Row("sgd", "clean", "sgd", _no_noise),
+    "adamw": Row("adamw", "clean", "adamw", _no_noise),
+    "adam-noisy": Row("adam", "noisy", "adam", _noise),
+    "sgd-noisy": Row("sgd", "noisy", "sgd", _noise),
+    "adamw-noisy": Row("adamw", "noisy", "adamw", _noise),
+    **{recipe: Row("adam", recipe, recipe, _plain) for recipe in _ROBUST_RECIPES},
+}
+# Without those whose attacks take longer to compile than a run has time for.
+QUICK_ROWS = tuple(ROWS)[: tuple(ROWS).index("adversarial") + 1]
 
 
 def choose(points: Hyperparameters, score: Array, belongs) -> Hyperparameters:

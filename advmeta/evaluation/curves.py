@@ -50,7 +50,7 @@ def _learning_curves(
                 task, state.params, episode_key, attack_steps=10, restarts=1
             )
 
-        state = init_inner(task, optimizer, init_key)
+        state = init_inner(task, optimizer, init_key, inner_gradient)
         return jax.lax.scan(segment, state, length=points)[1]
 
     return jax.vmap(run)(keys)

@@ -12,10 +12,10 @@ import optax
 
 from advmeta import data, optimizees
 from advmeta.attacks.threat_model import ThreatModel
-from advmeta.evaluation.baselines import BASELINES, ROWS, Hyperparameters, choose
+from advmeta.evaluation.baselines import BASELINES, QUICK_ROWS, ROWS, Hyperparameters, choose
 from advmeta.evaluation.curves import epsilon_curves, learning_curves
 from advmeta.held_out import Accuracy, held_out_accuracy
-from advmeta.inner_gradients import InnerGradient, clean
+from advmeta.inner_gradients import RECIPES, InnerGradient, Recipe, clean
 from advmeta.tasks import Task
 from advmeta.types import Array, Key, PyTree
 from advmeta.unroll import train
@@ -60,6 +60,7 @@ class TransferConfig:
 
     Args:
       cells: its columns.
+      rows: names of its rows, of `baselines.ROWS`; the meta-optimizer's comes after them.
       inner_steps: of every row alike.
       batch_size: examples an inner step.
       seeds: models trained for each entry; mean and spread are over them.
@@ -69,6 +70,7 @@ class TransferConfig:
     """
 
     cells: tuple[Cell, ...] = CELLS
+    rows: tuple[str, ...] = QUICK_ROWS
     inner_steps: int = 200
     batch_size: int = 128
     seeds: int = 3
@@ -78,6 +80,9 @@ class TransferConfig:
     restarts: int = 3
 
     def __post_init__(self):
+        unknown = [name for name in self.rows if name not in ROWS]
+        if unknown:
+            raise ValueError(f"rows={unknown} are unknown; the known ones are {list(ROWS)}")
         for name in ("inner_steps", "seeds", "tuning_seeds", "attack_steps", "restarts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -90,7 +95,7 @@ class Entry(NamedTuple):
     inner_gradient: str
     make: Make  # entries with the same one are compiled once
     point: Hyperparameters | None  # scalars; None: there is nothing to tune
-    attack_steps: int  # PGD steps on each training batch
+    recipe: Recipe  # for its cost
     tuning_runs: int
 
 
@@ -128,7 +133,7 @@ def transfer_table(
         tuning, task = make_tasks(config, cell)
         report(f"{cell.setting}: tuning the baselines")
         entries = tune(config, tuning, tune_key)
-        entries.append(Entry("meta-optimizer", "clean", ours, None, 0, 0))
+        entries.append(Entry("meta-optimizer", "clean", ours, None, RECIPES["clean"], 0))
         compiled = compile_trainings(config, task, entries, keys)
         for entry in entries:
             report(f"{cell.setting}: {entry.optimizer}, {entry.inner_gradient} gradients")
@@ -155,21 +160,20 @@ def make_tasks(config: TransferConfig, cell: Cell) -> tuple[Task, Task]:
 
 def tune(config: TransferConfig, task: Task, key: Key) -> list[Entry]:
     """The best point of each row's grid, by robust accuracy on the held-out part of the task."""
+    rows = [ROWS[name] for name in config.rows]
+    makes = {row.baseline: BASELINES[row.baseline].make for row in rows}
     # XLA compiles a program on one core, so several at a time; nothing is timed here.
     with ThreadPoolExecutor() as pool:
-        scores = pool.map(lambda name: score_grid(config, name, task, key), BASELINES)
-        scores = dict(zip(BASELINES, scores, strict=True))
-    makes = {name: baseline.make for name, baseline in BASELINES.items()}
+        scores = pool.map(lambda name: score_grid(config, name, task, key), makes)
+        scores = dict(zip(makes, scores, strict=True))
     entries = []
-    for row in ROWS:
-        baseline = BASELINES[row.baseline]
+    for row in rows:
+        baseline, make = BASELINES[row.baseline], makes[row.baseline]
         point = choose(baseline.grid, scores[row.baseline], row.belongs)
         points = int(row.belongs(baseline.grid).sum())
         runs = points * config.tuning_seeds * baseline.repeats
-        make = makes[row.baseline]
-        entries.append(
-            Entry(row.optimizer, row.inner_gradient, make, point, baseline.attack_steps, runs)
-        )
+        recipe = RECIPES[baseline.recipe]
+        entries.append(Entry(row.optimizer, row.inner_gradient, make, point, recipe, runs))
     return entries
 
 
@@ -229,7 +233,8 @@ def judge(config: TransferConfig, task: Task, params: PyTree, key: Key) -> Accur
 def _records(
     config: TransferConfig, cell: Cell, entry: Entry, accuracy: Accuracy, seconds: float
 ) -> list[dict]:
-    evaluations = config.inner_steps * (1 + entry.attack_steps)
+    evaluations = config.inner_steps * entry.recipe.gradient_evaluations
+    examples = config.inner_steps * config.batch_size * entry.recipe.adversarial_examples
     point = entry.point._asdict() if entry.point else {}
     shared = {
         "dataset": cell.dataset,
@@ -242,7 +247,7 @@ def _records(
         "inner_steps": config.inner_steps,
         "attack": f"pgd-{config.attack_steps}x{config.restarts}",
         "gradient_evaluations": evaluations,
-        "adversarial_examples": config.inner_steps * config.batch_size * bool(entry.attack_steps),
+        "adversarial_examples": examples,
         "tuning_gradient_evaluations": evaluations * entry.tuning_runs,
         "seconds": seconds,
         "hyperparameters": {name: round(float(value), 9) for name, value in point.items()},

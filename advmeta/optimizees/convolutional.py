@@ -4,6 +4,7 @@ import jax
 
 from advmeta.optimizees.layers import (
     ACTIVATIONS,
+    Composed,
     check_activation,
     check_positive,
     conv,
@@ -52,9 +53,17 @@ def cnn(
         params[f"layer_{last}"] = init_affine(dense_key, (height * width * inputs, num_classes))
         return params
 
-    def apply(params: Params, x: Array) -> Array:
-        for i in range(last):
-            x = ACTIVATIONS[activation](conv(params[f"layer_{i}"], x, stride=2))
-        return dense(params[f"layer_{last}"], x.reshape(x.shape[0], -1))
+    def layer(params: Params, i: int, x: Array) -> Array:
+        if i < last:
+            return conv(params[f"layer_{i}"], x, stride=2)
+        return dense(params[f"layer_{i}"], x.reshape(x.shape[0], -1))
 
-    return Optimizee(init, apply)
+    def first(params: Params, x: Array) -> Array:
+        return layer(params, 0, x)
+
+    def rest(params: Params, x: Array) -> Array:
+        for i in range(1, last + 1):
+            x = layer(params, i, ACTIVATIONS[activation](x))
+        return x
+
+    return Optimizee(init, Composed(first, rest))

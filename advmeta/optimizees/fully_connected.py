@@ -6,6 +6,7 @@ import jax
 
 from advmeta.optimizees.layers import (
     ACTIVATIONS,
+    Composed,
     check_activation,
     check_positive,
     dense,
@@ -62,10 +63,12 @@ def mlp(
             for i, k in enumerate(jax.random.split(key, last + 1))
         }
 
-    def apply(params: Params, x: Array) -> Array:
-        x = x.reshape(x.shape[0], -1)
-        for i in range(last):
-            x = ACTIVATIONS[activation](dense(params[f"layer_{i}"], x))
-        return dense(params[f"layer_{last}"], x)
+    def first(params: Params, x: Array) -> Array:
+        return dense(params["layer_0"], x.reshape(x.shape[0], -1))
 
-    return Optimizee(init, apply)
+    def rest(params: Params, x: Array) -> Array:
+        for i in range(1, last + 1):
+            x = dense(params[f"layer_{i}"], ACTIVATIONS[activation](x))
+        return x
+
+    return Optimizee(init, Composed(first, rest))

@@ -1,5 +1,8 @@
 """The layers that the optimizees share: pure init and apply, parameters in plain dicts."""
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +14,31 @@ ACTIVATIONS = {
     "gelu": jax.nn.gelu,
     "sigmoid": jax.nn.sigmoid,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Composed:
+    """An `apply` whose first layer can also be called alone.
+
+    ``apply(params, x) = rest(params, first(params, x))``
+
+    Args:
+      first: (params, x [n, ...]) -> the first layer's output, before its activation.
+      rest: (params, that output) -> logits [n, k].
+
+    Example:
+      >>> apply = advmeta.optimizees.Composed(
+      ...     first=lambda params, x: x @ params["w1"],
+      ...     rest=lambda params, z: jax.nn.relu(z) @ params["w2"])
+      >>> apply({"w1": jnp.eye(2), "w2": jnp.ones((2, 1))}, jnp.array([[3.0, -1.0]])).tolist()
+      [[3.0]]
+    """
+
+    first: Callable[[Params, Array], Array]
+    rest: Callable[[Params, Array], Array]
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        return self.rest(params, self.first(params, x))
 
 
 def check_activation(name: str) -> None:

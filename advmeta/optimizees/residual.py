@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from advmeta.optimizees.layers import (
     ACTIVATIONS,
+    Composed,
     check_activation,
     check_positive,
     conv,
@@ -59,8 +60,10 @@ def resnet(
         params[f"layer_{stages + 1}"] = init_affine(head_key, (inputs, num_classes))
         return params
 
-    def apply(params: Params, x: Array) -> Array:
-        x = conv(params["layer_0"], x, stride=1)
+    def first(params: Params, x: Array) -> Array:
+        return conv(params["layer_0"], x, stride=1)
+
+    def rest(params: Params, x: Array) -> Array:
         for i in range(1, stages + 1):
             x = block(params[f"layer_{i}"], x, stride=1 if i == 1 else 2)
         return dense(params[f"layer_{stages + 1}"], activate(x).mean(axis=(1, 2)))
@@ -70,7 +73,7 @@ def resnet(
         y = activate(normalise(params["norm_1"], conv(params["conv_0"], y, stride)))
         return conv(params["shortcut"], x, stride) + conv(params["conv_1"], y, stride=1)
 
-    return Optimizee(init, apply)
+    return Optimizee(init, Composed(first, rest))
 
 
 def _init_block(key: Key, inputs: int, outputs: int, activation: str) -> Params:

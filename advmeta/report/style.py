@@ -1,5 +1,6 @@
 """How things look: colour says what the inner gradient is, dash and marker which optimizer.
 
+The training recipes have one colour, and in it dash and marker say which of them it is.
 The hues are those of Okabe and Ito, which colour-blind people tell apart; the lighter ones are for
 a dark page.
 """
@@ -94,9 +95,13 @@ def _look(row: Row, rows: tuple[Row, ...], baselines: list[str]) -> Look:
     if row.meta:
         place = [other for other in rows if other.meta].index(row)
         return Look("meta", DASHES[place % len(DASHES)], META_MARKER, True)
-    color = row.inner_gradient if row.inner_gradient in ("clean", "noisy", "adversarial") else None
-    place = baselines.index(row.optimizer)
-    return Look(color or "other", DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)], False)
+    named = ("clean", "noisy", "adversarial")
+    if row.inner_gradient in named:
+        color, place = row.inner_gradient, baselines.index(row.optimizer)
+    else:
+        others = [r for r in rows if not r.meta and r.inner_gradient not in named]
+        color, place = "other", others.index(row)
+    return Look(color, DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)], False)
 
 
 def css_variables() -> str:

@@ -1,11 +1,12 @@
-"""The gradient that an inner step gives to the optimizer: (task, params, key) -> (loss, gradient).
+"""What an inner gradient is, and the basic ones.
 
-It is taken on a batch of training examples that are clean, noisy, attacked now (adversarial
-training), or were attacked once for another model (replayed).
+They take the gradient of the loss on a batch of training examples that are clean, noisy, attacked
+now (adversarial training), or were attacked once for another model (replayed).
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import optax
@@ -13,13 +14,33 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import Partial
 
 from advmeta.attacks.projected_gradient import pgd
+from advmeta.attacks.threat_model import ThreatModel
 from advmeta.tasks import Task, draw
-from advmeta.types import Array, Batch, Key, Params
+from advmeta.types import Array, Batch, Key, Params, PyTree
 
 # What a rematerialised step stores instead of computing it again: see `advmeta.unroll.unroll`.
 CONSTANT = "constant"
 
-InnerGradient = Callable[[Task, Params, Key], tuple[Array, Params]]
+
+class StatefulGradient(NamedTuple):
+    """An inner gradient that remembers: its state goes from each inner step to the next."""
+
+    init: Callable[[Task], PyTree]  # the state before the first step
+    apply: Callable[[Task, Params, Key, PyTree], tuple[Array, Params, PyTree]]
+
+
+InnerGradient = Callable[[Task, Params, Key], tuple[Array, Params]] | StatefulGradient
+
+
+def stateful(inner_gradient: InnerGradient) -> StatefulGradient:
+    """Any inner gradient as one that remembers; what a plain function remembers is ``()``."""
+    if isinstance(inner_gradient, StatefulGradient):
+        return inner_gradient
+
+    def apply(task: Task, params: Params, key: Key, state: PyTree):
+        return *inner_gradient(task, params, key), state
+
+    return StatefulGradient(lambda task: (), apply)
 
 
 def mean_cross_entropy(task: Task, params: Params, batch: Batch) -> Array:
@@ -34,6 +55,31 @@ def attacked(task: Task, params: Params, batch: Batch, key: Key, steps: int) -> 
     logits_fn = Partial(task.optimizee.apply, params)
     result = pgd(logits_fn, *batch, threat_model=task.threat_model, key=key, steps=steps)
     return batch._replace(x=checkpoint_name(jax.lax.stop_gradient(result.x_adv), CONSTANT))
+
+
+def ascend(
+    threat_model: ThreatModel,
+    objective: Callable[[Array], Array],
+    x: Array,
+    start: Array,
+    *,
+    step_size: float | Array,
+    steps: int,
+) -> Array:
+    """The last point of a projected steepest ascent within the balls around x, [n, ...].
+
+    ``x_{t+1} = Project_{ball(x)}( x_t + step_size * steepest( grad objective(x_t) ) )``
+
+    The published recipes train on this point. `pgd` would give them the best one of the path, for
+    which it looks at the model once more.
+    """
+
+    def step(x_t: Array, _):
+        direction = threat_model.steepest(jax.grad(objective)(x_t))
+        return threat_model.project(x_t + step_size * direction, x), None
+
+    x_adv, _ = jax.lax.scan(step, start, length=steps)
+    return jax.lax.stop_gradient(x_adv)
 
 
 def clean(task: Task, params: Params, key: Key) -> tuple[Array, Params]:
@@ -89,15 +135,3 @@ def replayed(task: Task, params: Params, key: Key) -> tuple[Array, Params]:
         )
     on_replay = dataclasses.replace(task, train=task.train._replace(x=task.replay))
     return clean(on_replay, params, key)
-
-
-def by_name(name: str) -> InnerGradient:
-    """One of "clean", "adversarial" (PGD with 7 steps) and "replayed".
-
-    Raises:
-      ValueError: another name.
-    """
-    known = {"clean": clean, "adversarial": adversarial(), "replayed": replayed}
-    if name not in known:
-        raise ValueError(f"inner_gradient={name!r} is unknown; the known ones are {list(known)}")
-    return known[name]
