@@ -281,8 +281,8 @@ def move_mass(delta: Array, window: L2Windows, radius: Array) -> Array:
 
     budget = jnp.maximum(jnp.square(radius) - total, 0.0) / channels + in_windows
     old_scale = 1 / (1e-12 + jnp.sqrt(old))
-    # Formed, and its norm not expanded: where d undoes b little but rounding is left of it, and only
-    # the norm of that very rounding scales it to what is wanted.
+    # Formed, and its norm not expanded: where d undoes b little but rounding is left of it, and
+    # only the norm of that very rounding scales it to what is wanted.
     new = bump + delta * (to * old_scale)
     new_scale = jnp.sqrt(budget) / (1e-12 + jnp.sqrt(_pixel_sum(jnp.square(new))))
     norm = jnp.sqrt(channels * budget + jnp.maximum(total - in_windows, 0.0))
