@@ -8,6 +8,8 @@ from advmeta import report as report
 from advmeta.attacks.threat_model import ThreatModel as ThreatModel
 from advmeta.evaluation.ensemble import AutoAttackResult as AutoAttackResult
 from advmeta.evaluation.ensemble import autoattack as autoattack
+from advmeta.evaluation.sanity import Check as Check
+from advmeta.evaluation.sanity import sanity_checks as sanity_checks
 from advmeta.held_out import held_out_accuracy as held_out_accuracy
 from advmeta.meta_optimizer.pretrained import list_pretrained as list_pretrained
 from advmeta.meta_optimizer.pretrained import load_meta_optimizer as load_meta_optimizer

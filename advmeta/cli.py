@@ -13,17 +13,20 @@ from typing import Annotated
 import jax
 import optax
 import tyro
+from jax.tree_util import Partial
 from rich.console import Console
 
 from advmeta import config_files, environment, report
 from advmeta.evaluation.baselines import ROWS
-from advmeta.evaluation.transfer import TransferConfig, transfer_table
+from advmeta.evaluation.sanity import Check, sanity_checks
+from advmeta.evaluation.transfer import Entry, TransferConfig, transfer_table
 from advmeta.meta_optimizer.pretrained import load_meta_optimizer
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
 from advmeta.meta_optimizer.weights import save_weights
 from advmeta.meta_training import MetaTrainingConfig, meta_train
 from advmeta.progress import MetaTrainingProgress, TableProgress
-from advmeta.types import MetaParams
+from advmeta.tasks import Task
+from advmeta.types import MetaParams, PyTree
 
 _WEIGHTS = "meta_optimizer.safetensors"
 _ACCELERATOR_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "libtpu")
@@ -206,12 +209,35 @@ def _make_table(
     folder: pathlib.Path,
     console: Console,
 ) -> None:
-    """Makes the transfer table, prints it, and writes it with its curves and the page."""
+    """Makes the transfer table and checks it, prints both, and writes them with the page."""
+    key, models = jax.random.key(command.seed), []
+
+    def keep(entry: Entry, task: Task, params: PyTree) -> None:
+        if entry.optimizer == "meta-optimizer":
+            models.append((task, params))
+
     with TableProgress(command.table, console) as bar:
         records, curves = transfer_table(
-            command.table, optimizer, key=jax.random.key(command.seed), report=bar.update
+            command.table, optimizer, key=key, report=bar.update, keep=keep
         )
     (folder / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     (folder / "curves.json").write_text(json.dumps(curves) + "\n")
     console.print(report.table(records))
+    with console.status("sanity checks"):
+        checks = [check._asdict() for check in _check(command.table, *models[0], key)]
+    (folder / "sanity.json").write_text(json.dumps(checks, indent=1) + "\n")
+    console.print(report.checks(checks))
     report.write(folder)
+
+
+def _check(config: TransferConfig, task: Task, params: PyTree, key: jax.Array) -> list[Check]:
+    """Sanity checks of the model of seed 0; that of seed 1, if there is one, is the surrogate."""
+    models = [
+        Partial(task.optimizee.apply, jax.tree.map(lambda leaf, seed=seed: leaf[seed], params))
+        for seed in range(min(config.seeds, 2))
+    ]
+    return sanity_checks(
+        models[0], *task.held_out, threat_model=task.threat_model, key=key,
+        attack_steps=config.attack_steps, restarts=config.restarts,
+        surrogate=models[1] if len(models) > 1 else None,
+    )  # fmt: skip

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 import advmeta
@@ -73,6 +75,43 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, message, tmp_path, monkeypa
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in " ".join(error.split()) and "Traceback" not in error
+
+
+def test_the_first_cell_s_model_is_checked_with_the_table_s_attack(tmp_path, monkeypatch, capsys):
+    """Two cells of two seeds; the model of seed s in cell c has the one parameter 10 c + s."""
+    x, y = np.full((2, 1), 0.5, np.float32), np.array([0, 1])
+    optimizee = advmeta.Optimizee(None, lambda params, x: params["w"] * x)
+    asked = []
+
+    def fake_table(config, optimizer, *, key, report, keep):
+        for cell in (0, 1):
+            threat_model = advmeta.ThreatModel("linf", 0.1 * (cell + 1))
+            task = advmeta.Task(
+                advmeta.Batch(x, y), advmeta.Batch(x, y), threat_model, optimizee, 1
+            )
+            for name, offset in (("adam", 5), ("meta-optimizer", 0)):
+                params = {"w": 10 * cell + np.arange(2) + offset}
+                keep(transfer.Entry(name, "clean", None, None, 0, 0), task, params)
+        record = {"clean_accuracy": 1.0, "robust_accuracy": 0.5, "inner_gradient": "clean"}
+        return [{"optimizer": "meta-optimizer", **record}], {}
+
+    def fake_checks(logits_fn, x, y, **options):
+        asked.append((float(logits_fn(1.0)), float(options.pop("surrogate")(1.0)), options))
+        return [advmeta.Check("stable_loss", 15, 0.5, 0.25, False, "shattered")]
+
+    monkeypatch.setattr(cli, "transfer_table", fake_table)
+    monkeypatch.setattr(cli, "sanity_checks", fake_checks)
+    argv = ["evaluate", "--output", str(tmp_path), "--table.attack-steps", "7", "--seed", "3"]
+    cli.main([*argv, "--table.seeds", "2", "--table.restarts", "2"])
+    ((checked, surrogate, options),) = asked
+    assert (checked, surrogate) == (0, 1)  # not 5, which is adam's, nor 10, of the second cell
+    assert options.pop("key") == jax.random.key(3)
+    ball = advmeta.ThreatModel("linf", 0.1)
+    assert options == {"threat_model": ball, "attack_steps": 7, "restarts": 2}
+    (record,) = json.loads((tmp_path / "sanity.json").read_text())
+    assert record["name"] == "stable_loss" and record["passed"] is False
+    assert "FAIL" in capsys.readouterr().out
+    assert "shattered" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from jax.tree_util import Partial
 
 import advmeta
 from advmeta.attacks import fgsm, pgd
-from advmeta.attacks.losses import cross_entropy
+from advmeta.attacks.losses import cross_entropy, margin
+from advmeta.attacks.projected_gradient import ascend
 
 KEY = jax.random.key(0)
 NORMS = ["linf", "l2"]
@@ -49,6 +50,22 @@ def test_breaks_those_whose_distance_is_below_epsilon(norm):
     np.testing.assert_array_equal(result.is_adversarial, distance < epsilon)
     np.testing.assert_array_equal(result.is_adversarial, logits_fn(result.x_adv).argmax(1) != y)
     assert (threat_model.distance(x, result.x_adv) <= epsilon * (1 + 1e-5)).all()
+
+
+def test_the_history_of_a_linear_loss_is_a_straight_line():
+    # Each step of length s raises the margin by s ||w_1 - w_0||_1, and the bounds do not bind;
+    # after 4 steps the path is at epsilon = 4 s and stays there.
+    logits_fn, x, y, distance = two_classes("linf")
+    s, weight = 0.001, np.asarray(logits_fn.args[0]["weight"])
+    result, history = ascend(
+        logits_fn, x, y, advmeta.ThreatModel("linf", 4 * s), KEY, s, x,
+        steps=6, restarts=1, targeted=False, loss=margin,
+    )  # fmt: skip
+    reach = s * np.minimum(np.arange(7), 4)[:, None]
+    expected = (reach - distance) * np.abs(weight[:, 1] - weight[:, 0]).sum()
+    np.testing.assert_allclose(history.loss[0], expected, atol=1e-5)
+    np.testing.assert_array_equal(history.is_adversarial[0], history.loss[0] > 0)
+    np.testing.assert_array_equal(result.loss, history.loss[0].max(axis=0))
 
 
 @pytest.mark.parametrize("norm", NORMS)

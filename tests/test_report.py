@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from advmeta import report
+from advmeta import Check, report
 from advmeta.report import plots, records, style
 from advmeta.report.folder import read
 
@@ -58,6 +58,13 @@ METRICS = [
 ]
 
 
+def make_checks() -> list[dict]:
+    passed = Check("randomized_model", 1, 0.0, 1e-4, True, "largest difference")
+    failed = Check("stable_loss", 15, math.nan, 0.25, False, "[red] <i>: average")
+    left_out = Check("full_disclosure", 24, None, None, None, "left out: the report")
+    return [check._asdict() for check in (passed, failed, left_out)]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A run folder with every file in it."""
@@ -70,6 +77,7 @@ def folder(tmp_path):
         "card.json": {"name": "a & b", "command": 'advmeta run "x"', "seed": 0, "seconds": 300.0},
         "results.json": make_records(),
         "curves.json": make_curves(),
+        "sanity.json": make_checks(),
     }
     for name, content in contents.items():
         (tmp_path / name).write_text(json.dumps(content))
@@ -197,6 +205,17 @@ def test_nan_is_shown_and_not_left_out_of_a_mean(tmp_path):
     assert ">nan<" in report.write(tmp_path).read_text()
 
 
+def test_checks_have_a_line_each_and_failures_say_what_to_do(folder):
+    lines = [line.split() for line in terminal(report.checks(make_checks())).splitlines()]
+    assert ["1", "randomized_model", "0", "0.0001", "pass"] in lines
+    assert ["15", "stable_loss", "nan", "0.25", "FAIL", "[red]", "<i>:", "average"] in lines
+    assert lines[-1][:6] == ["24", "full_disclosure", "-", "-", "left", "out"]
+    page = report.write(folder).read_text()
+    assert "<td>FAIL</td><td>[red] &lt;i&gt;: average</td>" in page
+    assert "<td>pass</td><td>largest difference</td>" in page
+    assert "<td>left out</td><td>left out: the report</td>" in page
+
+
 def test_six_settings_fit_a_terminal_of_80_columns():
     rows = [record for setting in records.SETTINGS for record in make_records(setting=setting)]
     rows = [r | {"gradient_evaluations": 1600, "adversarial_examples": 25600} for r in rows]
@@ -240,7 +259,7 @@ def test_the_page_says_what_the_run_did(folder):
     page = Outline(path.read_text())
     headings = re.findall(r"<h2>(.*?)</h2>", path.read_text())
     assert headings == ["Transfer", "Learning curves", "Robustness against epsilon",
-                        "Meta-training", "Details"]  # fmt: skip
+                        "Meta-training", "Sanity checks", "Details"]  # fmt: skip
     for part in ("0.640 ± 0.040", "5.0 min", 'advmeta run "x"', "tasks[0].epsilon",
                  "learning_rate 0.003"):  # fmt: skip
         assert part in page.text
@@ -273,7 +292,7 @@ def test_the_page_asks_for_nothing_from_elsewhere(folder):
 
 
 def test_what_the_run_did_not_do_is_left_out(folder):
-    for name in ("results.json", "curves.json", "card.json", "config.json"):
+    for name in ("results.json", "curves.json", "card.json", "config.json", "sanity.json"):
         (folder / name).unlink()
     text = report.write(folder).read_text()
     assert [path.name for path in folder.glob("plots/*")] == ["meta_training.png"]

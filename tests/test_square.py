@@ -187,6 +187,18 @@ def test_moving_mass_is_the_reference_s_formula():
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_a_bump_that_undoes_what_is_there_stays_in_the_ball():
+    # With d = -a b in the window, b + d / ||d|| is 0: all that is left to scale up is rounding.
+    grid, sides, n = Grid(8, 8, 1), np.array([3]), 64
+    draws = square_windows.draw(jax.random.split(KEY, n), 1, grid, positions=2)
+    some = square_windows.l2_windows(draws, sides, jnp.arange(1), grid, jnp.float32)
+    window = jax.tree.map(lambda a: a[0], some)
+    _, _, bump = square_windows.paint(*window)
+    a = jnp.linspace(0.1, 1.4, n).reshape(n, 1, 1, 1)
+    got = move_mass(-a * bump, window, jnp.full((n, 1, 1, 1), 1.5))
+    assert (jnp.sqrt(jnp.square(got).sum(axis=(1, 2, 3))) <= 1.5 * (1 + 1e-5)).all()
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_results_are_in_the_ball_and_depend_neither_on_order_nor_on_the_batch(norm):
     logits_fn = Partial(_tiny, jax.random.normal(KEY, (8 * 7 * 3, 5)))

@@ -67,16 +67,17 @@ def tiny_table():
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer, "BASELINES", small)
-        messages = []
+        messages, kept = [], []
         records, curves = transfer.transfer_table(
-            config, optax.adam(3e-2), key=jax.random.key(0), report=messages.append
-        )
-    return config, records, curves, messages
+            config, optax.adam(3e-2), key=jax.random.key(0), report=messages.append,
+            keep=lambda *trained: kept.append(trained),
+        )  # fmt: skip
+    return config, records, curves, messages, kept
 
 
 @pytest.mark.slow
 def test_table_has_a_record_for_every_row_and_seed(tiny_table):
-    config, records, curves, messages = tiny_table
+    config, records, curves, messages, _ = tiny_table
     rows = {(r["optimizer"], r["inner_gradient"]) for r in records}
     named = [baselines.ROWS[name] for name in config.rows]
     expected = {(row.optimizer, row.inner_gradient) for row in named}
@@ -92,7 +93,7 @@ def test_table_has_a_record_for_every_row_and_seed(tiny_table):
 @pytest.mark.slow
 def test_costs_are_counted(tiny_table):
     """20 steps on batches of 32: 20 gradients, 160 with PGD-7; 640 examples with an attack."""
-    _, records, _, _ = tiny_table
+    _, records, *_ = tiny_table
     for record in records:
         recipe = record["inner_gradient"]
         assert record["gradient_evaluations"] == (160 if recipe == "adversarial" else 20)
@@ -105,7 +106,7 @@ def test_costs_are_counted(tiny_table):
 @pytest.mark.slow
 def test_tuning_finds_the_learning_rate_that_learns(tiny_table):
     """In 20 steps a linear model learns with 3e-2 and is near chance with 1e-3."""
-    _, records, _, _ = tiny_table
+    _, records, *_ = tiny_table
     plain = [r for r in records if r["optimizer"] == "adam, no decay"]
     assert all(np.isclose(r["hyperparameters"]["learning_rate"], 3e-2) for r in plain)
     # The optimizer in the place of the meta-optimizer is that same one, on other batches.
@@ -116,7 +117,7 @@ def test_tuning_finds_the_learning_rate_that_learns(tiny_table):
 
 @pytest.mark.slow
 def test_curves_end_where_the_table_is(tiny_table):
-    _, records, curves, _ = tiny_table
+    _, records, curves, _, _ = tiny_table
     for record, learning, epsilon in zip(
         records, curves["learning"], curves["epsilon"], strict=True
     ):
@@ -125,6 +126,19 @@ def test_curves_end_where_the_table_is(tiny_table):
         np.testing.assert_allclose(learning["clean_accuracy"][-1], record["clean_accuracy"])
         np.testing.assert_allclose(epsilon["robust_accuracy"][0], record["clean_accuracy"])
         assert epsilon["robust_accuracy"][-1] <= epsilon["robust_accuracy"][1]
+
+
+@pytest.mark.slow
+def test_what_was_trained_is_what_the_records_are_of(tiny_table):
+    _, records, _, _, kept = tiny_table
+    found = [
+        (entry.optimizer, entry.inner_gradient, float((logits.argmax(1) == task.held_out.y).mean()))
+        for entry, task, params in kept
+        for logits in jax.vmap(task.optimizee.apply, in_axes=(0, None))(params, task.held_out.x)
+    ]
+    for record, (optimizer, inner_gradient, accuracy) in zip(records, found, strict=True):
+        assert (record["optimizer"], record["inner_gradient"]) == (optimizer, inner_gradient)
+        np.testing.assert_allclose(record["clean_accuracy"], accuracy, atol=2e-3)
 
 
 def test_held_out_accuracy_of_a_known_model():

@@ -76,10 +76,11 @@ def pgd(
     x, y = check_attack_inputs(logits_fn, x, y, threat_model)
     if x_init is not None and x_init.shape != x.shape:
         raise ValueError(f"x_init has shape {x_init.shape}; it must be x's, {x.shape}")
-    return _pgd(
+    result, _ = ascend(
         as_partial(logits_fn), x, y, threat_model, key, step_size, x_init,
         steps=steps, restarts=restarts, targeted=targeted, loss=loss,
     )  # fmt: skip
+    return result
 
 
 def fgsm(
@@ -115,13 +116,20 @@ def fgsm(
     )  # fmt: skip
 
 
+class History(NamedTuple):
+    """What the model said about every point of every path, the start first."""
+
+    loss: Array  # [restarts, steps + 1, n]
+    is_adversarial: Array  # the same, bool
+
+
 class _Path(NamedTuple):
     x: Array  # the current iterate
     best: AttackResult  # the best point so far
 
 
 @jax.jit(static_argnames=("steps", "restarts", "targeted", "loss"))
-def _pgd(
+def ascend(
     logits_fn: Partial,
     x,
     y,
@@ -134,7 +142,8 @@ def _pgd(
     restarts,
     targeted,
     loss,
-) -> AttackResult:
+) -> tuple[AttackResult, History]:
+    """`pgd` on checked arguments, and what it saw on its way; step_size may be [n]."""
     if step_size is None:
         step_size = 2.5 * threat_model.radius(x) / steps
     else:
@@ -155,22 +164,26 @@ def _pgd(
         gradient, (losses, is_adversarial) = evaluate(path.x)
         best = better(AttackResult(path.x, is_adversarial, losses), path.best)
         x_next = threat_model.project(path.x + step_size * threat_model.steepest(gradient), x)
-        return _Path(x_next, best), None
+        return _Path(x_next, best), (sign * losses, is_adversarial)
 
     def run(best: AttackResult, start_key_and_index):
         start_key, index = start_key_and_index
         start = threat_model.random_start(example_keys(start_key, x), x)
         if x_init is not None:
             start = jnp.where(index == 0, x_init, start)
-        path, _ = jax.lax.scan(step, _Path(start, best), length=steps)
+        path, history = jax.lax.scan(step, _Path(start, best), length=steps)
         _, (losses, is_adversarial) = evaluate(path.x)
-        return better(AttackResult(path.x, is_adversarial, losses), path.best), None
+        history = jax.tree.map(
+            lambda all_but_last, last: jnp.concatenate([all_but_last, last[None]]),
+            History(*history), History(sign * losses, is_adversarial),
+        )  # fmt: skip
+        return better(AttackResult(path.x, is_adversarial, losses), path.best), history
 
     n = x.shape[0]
     worst = AttackResult(x, jnp.zeros(n, bool), jnp.full(n, -jnp.inf, x.dtype))
     starts = jax.random.split(key, restarts), jnp.arange(restarts)
-    best, _ = jax.lax.scan(run, worst, starts)
-    return best._replace(loss=sign * best.loss)
+    best, history = jax.lax.scan(run, worst, starts)
+    return best._replace(loss=sign * best.loss), history
 
 
 def better(a: AttackResult, b: AttackResult) -> AttackResult:

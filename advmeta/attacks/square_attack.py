@@ -274,20 +274,21 @@ def move_mass(delta: Array, window: L2Windows, radius: Array) -> Array:
     to, emptied, bump = square_windows.paint(*window)
     both = jnp.maximum(to, emptied)
     squared, channels = jnp.square(delta), delta.shape[1]
-    # Every norm follows from these four sums: it is cheaper than to form what is normed.
+    # Every norm follows from these sums: it is cheaper than to form what is normed.
     old = _pixel_sum(squared * to)
-    overlap = _pixel_sum(bump * delta)
     in_windows = _pixel_sum(squared * both).sum(axis=1, keepdims=True)
     total = _pixel_sum(squared).sum(axis=1, keepdims=True)
 
     budget = jnp.maximum(jnp.square(radius) - total, 0.0) / channels + in_windows
     old_scale = 1 / (1e-12 + jnp.sqrt(old))
-    unit = 1 + 2 * overlap * old_scale + old * jnp.square(old_scale)  # ||b + d / ||d|| ||^2
-    new_scale = jnp.sqrt(budget) / (1e-12 + jnp.sqrt(jnp.maximum(unit, 0.0)))
+    # Formed, and its norm not expanded: where d undoes b little but rounding is left of it, and
+    # only the norm of that very rounding scales it to what is wanted.
+    new = bump + delta * (to * old_scale)
+    new_scale = jnp.sqrt(budget) / (1e-12 + jnp.sqrt(_pixel_sum(jnp.square(new))))
     norm = jnp.sqrt(channels * budget + jnp.maximum(total - in_windows, 0.0))
     new_scale, kept_scale = (v * radius / (norm + 1e-12) for v in (new_scale, 1.0))
     # As in the reference, what both windows share belongs to ``to``.
-    return new_scale * bump + delta * (new_scale * old_scale * to + kept_scale * (1 - both))
+    return new_scale * new + delta * (kept_scale * (1 - both))
 
 
 def _pixel_sum(v: Array) -> Array:

@@ -1,7 +1,6 @@
 """AutoAttack (Croce and Hein 2020): an ensemble of attacks that needs no tuning."""
 
 import inspect
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from advmeta.attacks import ThreatModel, average_logits
 from advmeta.attacks.validation import Note, as_partial, check_attack_inputs
 from advmeta.evaluation import ledger as books
 from advmeta.evaluation.ledger import Ledger, State
+from advmeta.evaluation.sanity.probes import warn_of_probabilities
 from advmeta.evaluation.survivors import Diary, Task, bucket_size, evaluate
 from advmeta.evaluation.versions import EOT_SAMPLES, Attacks, attack_list
 from advmeta.types import Array, Key, LogitsFn
@@ -111,7 +111,7 @@ def autoattack(
     x, y = (np.asarray(v) for v in check_attack_inputs(classify, x, y, threat_model))
     radii = _radii(threat_model, epsilons, x)
     logits = _clean_logits(classify, x, batch_size)
-    _warn_of_probabilities(logits)
+    warn_of_probabilities(logits)
     attacks, note = attack_list(version, logits.shape[1], attacks)
     task = Task(model, classify, x, y, threat_model, attacks, _run_keys(key, attacks), batch_size)
     identity = books.fingerprint(x, y, logits, threat_model, radii, key, attacks)
@@ -191,17 +191,6 @@ def _radii(threat_model: ThreatModel, epsilons, x: np.ndarray) -> list[np.ndarra
             )
         radii.append(np.broadcast_to(radius, len(x)))
     return radii
-
-
-def _warn_of_probabilities(logits: np.ndarray) -> None:
-    # The reference's thresholds.
-    in_range = logits.max() < 1 + 1e-5 and logits.min() > -1e-5
-    if in_range and np.abs(logits.sum(axis=1) - 1).max() < 1e-5:
-        warnings.warn(
-            "check softmax_output: logits_fn returns probabilities. Attacks need logits: a softmax "
-            "hides gradients, and robustness would be overstated. Leave it out",
-            stacklevel=3,
-        )
 
 
 def _result(states: list[State], attacks, epsilons, clean_accuracy, seconds, note):

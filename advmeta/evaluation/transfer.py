@@ -105,6 +105,7 @@ def transfer_table(
     *,
     key: Key,
     report: Progress = lambda message: None,
+    keep: Callable[[Entry, Task, PyTree], None] = lambda entry, task, params: None,
 ) -> tuple[list[dict], dict]:
     """Trains and attacks every row in every cell.
 
@@ -117,6 +118,7 @@ def transfer_table(
       meta_optimizer: an optax transformation that needs no learning rate.
       key: the same key gives the same table.
       report: called with a message when something starts.
+      keep: called with what each row trained in each cell, models stacked over the seeds.
 
     Returns:
       The records, one a row, cell and seed; and the curves of the first cell: accuracy along
@@ -138,6 +140,7 @@ def transfer_table(
         for entry in entries:
             report(f"{cell.setting}: {entry.optimizer}, {entry.inner_gradient} gradients")
             params, seconds = timed(compiled[entry.make], task, entry.point, keys)
+            keep(entry, task, params)
             accuracy = judge(config, task, params, attack_key)
             records += _records(config, cell, entry, accuracy, seconds)
             if index == 0:

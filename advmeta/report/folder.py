@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
-FILES = ("config.json", "card.json", "metrics.jsonl", "results.json", "curves.json")
+FILES = ("config.json", "card.json", "metrics.jsonl", "results.json", "curves.json", "sanity.json")
 
 
 class Run(NamedTuple):
@@ -19,6 +19,7 @@ class Run(NamedTuple):
     metrics: list[dict]
     results: list[dict]
     curves: dict[str, list[dict]]
+    sanity: list[dict]
 
 
 def write(folder: str | os.PathLike) -> pathlib.Path:
@@ -28,8 +29,8 @@ def write(folder: str | os.PathLike) -> pathlib.Path:
     absent is left out. Each file is replaced in one go: a reader never sees half of it.
 
     Args:
-      folder: of the run, with any of config.json, card.json, metrics.jsonl, results.json and
-        curves.json.
+      folder: of the run, with any of config.json, card.json, metrics.jsonl, results.json,
+        curves.json and sanity.json.
 
     Returns:
       The path of ``report.html``; beside it stand ``plots/transfer.png``,
@@ -73,8 +74,10 @@ def read(folder: pathlib.Path) -> Run:
         for name in ("config.json", "card.json", "curves.json")
     )
     metrics = _load(folder / "metrics.jsonl", _lines, list)
-    results = _load(folder / "results.json", json.loads, list)
-    return Run(folder.resolve().name, config, card, metrics, results, curves)
+    results, sanity = (
+        _load(folder / name, json.loads, list) for name in ("results.json", "sanity.json")
+    )
+    return Run(folder.resolve().name, config, card, metrics, results, curves, sanity)
 
 
 def _load(path: pathlib.Path, parse: Callable[[str], object], kind: type):

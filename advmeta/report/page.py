@@ -11,7 +11,7 @@ from advmeta.report.folder import Run
 from advmeta.report.plots import Plot, to_svg
 from advmeta.report.records import SAME, Cell, Row, Transfer, column_of, row_of, transfer
 from advmeta.report.style import Look, css_variables
-from advmeta.report.tables import COSTS
+from advmeta.report.tables import CHECK_COLUMNS, COSTS, check_cells
 
 PX = 96 * 1.15  # CSS pixels that an inch of a panel may take
 SHAPES = {  # of the markers, in a box of 10
@@ -33,6 +33,8 @@ def page(run: Run, plots: Sequence[Plot]) -> str:
     if layout:
         sections.append(_section("Transfer", _table(layout) + figures.pop("transfer")))
     sections += [_section(p.heading, figures[p.name]) for p in plots if p.name in figures]
+    if run.sanity:
+        sections.append(_section("Sanity checks", _checks(run.sanity)))
     details = "".join(_details(run))
     sections += [_section("Details", details)] if details else []
     css = css_variables() + (resources.files("advmeta.report") / "page.css").read_text("utf-8")
@@ -145,6 +147,24 @@ def _cell(cell: Cell | None) -> str:
     if cell is None:
         return "<td>-</td>"
     return f"<td>{cell.robust}<span>({cell.clean.mean:.3f})</span></td>"
+
+
+def _checks(records: Sequence[Mapping]) -> str:
+    """What the checks found; those that failed stand out."""
+    heads = "".join(f'<th scope="col">{name}</th>' for name, _ in CHECK_COLUMNS)
+    lines = [
+        f"<tr{' class=meta' if record['passed'] is False else ''}>"
+        + "".join(f"<td>{_text(text)}</td>" for text in check_cells(record))
+        + "</tr>\n"
+        for record in records
+    ]
+    return (
+        '<p class="muted">Of the meta-optimizer\'s first model in the first column, on a part of '
+        "the test set: is its robustness its own, or the attack's weakness? A check passes where "
+        "the value is at most what is allowed.</p>\n"
+        f'<div class="scroll" tabindex="0"><table class="checks">\n<thead><tr>{heads}</tr></thead>'
+        f"\n<tbody>\n{''.join(lines)}</tbody></table></div>\n"
+    )
 
 
 def _figure(plot: Plot) -> str:

@@ -1,4 +1,4 @@
-"""The transfer table, for the terminal and for a README."""
+"""The transfer table, for the terminal and for a README, and the sanity checks."""
 
 from __future__ import annotations
 
@@ -112,6 +112,47 @@ def markdown(records: Sequence[Mapping]) -> str:
         lines.append([f"**{text}**" for text in line] if row.meta else line)
     (caption,) = _escaped([layout.caption])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption}\n"
+
+
+def checks(records: Sequence[Mapping]) -> Table:
+    """Makes a table of sanity checks for the terminal; those that failed say what to do.
+
+    Args:
+      records: dicts as in sanity.json, of the fields of `advmeta.Check`.
+
+    Returns:
+      A `rich.table.Table`, to be printed on a `rich.console.Console`.
+
+    Example:
+      >>> check = advmeta.Check("randomized_model", 1, 0.3, 1e-4, False, "differs: draw more")
+      >>> advmeta.report.checks([check._asdict()]).row_count
+      1
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name, justify in CHECK_COLUMNS:
+        made.add_column(name, justify=justify)
+    for record in records:
+        *cells, note = check_cells(record)
+        style = {True: None, False: "bold red", None: "dim"}[record["passed"]]
+        made.add_row(*map(Text, cells), Text("" if record["passed"] else note), style=style)
+    return made
+
+
+CHECK_COLUMNS = (("#", "right"), ("sanity check", "left"), ("value", "right"),
+                 ("allowed", "right"), ("verdict", "left"), ("note", "left"))  # fmt: skip
+
+
+def check_cells(record: Mapping) -> tuple[str, ...]:
+    """The texts of `CHECK_COLUMNS`."""
+    value, threshold = (
+        "-" if record[name] is None else f"{record[name]:.3g}" for name in ("value", "threshold")
+    )
+    verdict = {True: "pass", False: "FAIL", None: "left out"}[record["passed"]]
+    return str(record["number"]), record["name"], value, threshold, verdict, record["note"]
 
 
 def _headers(layout: Transfer) -> list[tuple[str, ...]]:
