@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from advmeta.types import Array, Key, Params
 
@@ -74,31 +75,45 @@ def dense(params: Params, x: Array) -> Array:
 
 
 def conv(params: Params, x: Array, stride: int) -> Array:
-    """A "SAME" convolution, as a product of patches and the kernel.
+    """A "SAME" convolution as a sum of matrix products, one for each place under the kernel.
 
-    XLA's own convolution is 6 to 9 times slower on a CPU at the sizes of optimizees (128 images of
-    8x8, 8 and 16 channels), and slower yet when `jax.vmap` gives each model its own kernel.
+    ``z[h, w] = sum_{i, j} x[s h + i, s w + j] K[i, j] + b``
+
+    With a stride s, the s x s pixels of a block become channels of one, so that what is left is a
+    convolution with stride 1 of a kernel s times smaller.
+
+    XLA's own convolution is up to 9 times slower on a CPU at the sizes of optimizees, and slower
+    yet when `jax.vmap` gives each model its own kernel.
     """
-    height, width, inputs, outputs = params["kernel"].shape
-    (top, bottom, rows), (left, right, columns) = (
-        _same_padding(size, window, stride)
-        for size, window in zip(x.shape[1:3], (height, width), strict=True)
-    )
-    x = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    patches = [
-        x[:, i : i + stride * rows : stride, j : j + stride * columns : stride]
-        for i in range(height)
-        for j in range(width)
+    x, kernel, (rows, columns) = _without_stride(params["kernel"], x, stride)
+    products = [
+        x[:, i : i + rows, j : j + columns] @ kernel[i, j] for i, j in np.ndindex(kernel.shape[:2])
     ]
-    kernel = params["kernel"].reshape(height * width * inputs, outputs)
-    return jnp.concatenate(patches, axis=-1) @ kernel + params["bias"]
+    return sum(products) + params["bias"]
 
 
-def _same_padding(size: int, window: int, stride: int) -> tuple[int, int, int]:
-    """Padding before and after, and the size of the output, ceil(size / stride)."""
-    output = -(-size // stride)
-    padding = max((output - 1) * stride + window - size, 0)
-    return padding // 2, padding - padding // 2, output
+def _without_stride(kernel: Array, x: Array, stride: int) -> tuple[Array, Array, tuple[int, int]]:
+    """The padded x and the kernel with blocks of stride x stride pixels as one, and z's size."""
+    paddings, places, sizes = [], [], []
+    for size, window in zip(x.shape[1:3], kernel.shape[:2], strict=True):
+        output = -(-size // stride)
+        before = max((output - 1) * stride + window - size, 0) // 2
+        blocks = -(-window // stride)
+        paddings.append((before, (output - 1 + blocks) * stride - before - size))
+        places.append((0, blocks * stride - window))
+        sizes.append(output)
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *[(*p, 0) for p in paddings], (0, 0, 0)])
+    kernel = jnp.pad(kernel, [*places, (0, 0), (0, 0)])
+    return _to_depth(x, stride, 1), _to_depth(kernel, stride, 0), tuple(sizes)
+
+
+def _to_depth(x: Array, block: int, axis: int) -> Array:
+    """[..., h, w, c, ...] -> [..., h / b, w / b, b b c, ...], with h at ``axis``."""
+    height, width, channels = x.shape[axis : axis + 3]
+    before, after = x.shape[:axis], x.shape[axis + 3 :]
+    x = x.reshape(*before, height // block, block, width // block, block, channels, *after)
+    x = jnp.swapaxes(x, axis + 1, axis + 2)
+    return x.reshape(*before, height // block, width // block, block * block * channels, *after)
 
 
 def normalise(params: Params, x: Array) -> Array:
