@@ -1,0 +1,1 @@
+"""Measurements against peers, one script a question. See `python -m benchmarks --help`."""
