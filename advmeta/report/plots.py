@@ -97,7 +97,7 @@ def _curves(
             ax.plot(xs, means, **look.line)
             ax.fill_between(xs, means - spreads, means + spreads, color=COLORS[look.color][0],
                             alpha=0.16, linewidth=0, zorder=2)  # fmt: skip
-        _accuracy_axis(ax, x_name)
+        accuracy_axis(ax, x_name)
 
     ends = ", ".join(f"{row.label} {ys[-1]:.3f}" for row, (_, ys, _) in curves.items() if len(ys))
     return Panel(title, f"{title} against {x_name}. At the end: {ends}.", draw)
@@ -114,7 +114,7 @@ def mean_curve(
     return np.array(xs), means, np.array([summary.spread for summary in summaries])
 
 
-def _accuracy_axis(ax: Axes, x_name: str) -> None:
+def accuracy_axis(ax: Axes, x_name: str) -> None:
     ax.set_ylim(0, 1.02)
     ax.set_xlabel(x_name)
     ax.margins(x=0.01)
