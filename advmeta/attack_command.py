@@ -19,6 +19,8 @@ from advmeta.report import attack_results
 from advmeta.run_folder import Shared, open_folder, reopen_folder, replace_file
 from advmeta.types import Batch, LogitsFn
 
+_RESULTS = "results.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Attack(Shared):
@@ -77,6 +79,9 @@ def attack(command: Attack, line: str, console: Console) -> pathlib.Path:
     )  # fmt: skip
     check_evaluation(*ask.args, **ask.keywords)  # before a folder is made for nothing
     folder, resumed = _folder(command)
+    if resumed and (folder / _RESULTS).exists():  # the seconds to keep are those of the work
+        console.print(attack_results.attack_table(json.loads((folder / _RESULTS).read_text())))
+        return folder
     result = ask(state_path=folder / "state.npz", progress=True)
     results = summarise(command, target, result)
     results = {"command": line, **results, **environment.describe(), "resumed": resumed}
@@ -87,7 +92,7 @@ def attack(command: Attack, line: str, console: Console) -> pathlib.Path:
         replace_file(folder / "curve.png", attack_results.curve(results))
     if grid := _images(command, target, result, entries):
         replace_file(folder / "images.png", grid)
-    replace_file(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    replace_file(folder / _RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     console.print(attack_results.attack_table(results))
     if result.note:
         console.print(result.note, markup=False)

@@ -121,7 +121,10 @@ def test_a_killed_run_that_is_resumed_ends_as_an_undisturbed_one(at_home, undist
     assert not (folder / "results.json").exists()
     cli.main([*argv, "--resume"])
     assert read(folder) == read(undisturbed)
-    assert json.loads((folder / "results.json").read_text())["resumed"]
+    finished = (folder / "results.json").read_bytes()
+    assert json.loads(finished)["resumed"]
+    cli.main([*argv, "--resume"])  # nothing is left to do
+    assert (folder / "results.json").read_bytes() == finished
 
 
 def test_a_run_is_neither_written_over_nor_taken_up_as_another(at_home, undisturbed, capsys):
