@@ -67,7 +67,9 @@ class TableProgress(_Bar):
     """The parts of the transfer table; a part is a message of `transfer_table`."""
 
     def __init__(self, config: TransferConfig, console: Console):
-        parts = len(config.cells) * (len(config.rows) + 2)  # tuning, and the meta-optimizer's
+        each = 2 if config.attack == "autoattack" else 1
+        entries = len(config.rows) + 1  # the meta-optimizer's
+        parts = len(config.cells) * (1 + each * entries)  # tuning comes first
         super().__init__("transfer table", parts, console)
 
     def update(self, message: str) -> None:

@@ -21,7 +21,11 @@ TINY = [
 def test_no_options_are_the_defaults():
     assert cli.parse(["run"]) == cli.Run()
     assert cli.parse(["meta-train"]) == cli.MetaTrain(training=MetaTrainingConfig())
-    assert cli.parse(["evaluate"]).table == transfer.TransferConfig(rows=tuple(baselines.ROWS))
+    every_row = tuple(baselines.ROWS)
+    assert cli.parse(["evaluate"]).table == transfer.TransferConfig(
+        rows=every_row, attack="autoattack"
+    )
+    assert cli.parse(["run"]).table.attack == "pgd"
 
 
 def test_the_quick_rows_are_made_by_a_run_and_every_row_by_evaluate():
@@ -62,6 +66,7 @@ def test_help_says_how_to_call_it(command, capsys):
         (["meta-train", "--training.truncation", "30"], "truncation=30 must divide"),
         (["evaluate", "--weights", "imagenet"], "'imagenet' is unknown"),
         (["run", "--config", "missing.json"], "cannot be read"),
+        (["evaluate", "--config", "fgsm.json"], "attack='fgsm' is unknown; write 'pgd' or"),
         (
             ["run", "--table.rows", "mart"],
             "rows=['mart'] are unknown; the known ones are ['adam-no",
@@ -70,6 +75,7 @@ def test_help_says_how_to_call_it(command, capsys):
 )
 def test_bad_input_is_one_line_and_exit_code_2(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "fgsm.json").write_text('{"table": {"attack": "fgsm"}}')
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
     assert stopped.value.code == 2

@@ -11,6 +11,7 @@ ROOT = Path(advmeta.__file__).parent
 # From what sees nothing to what sees everything. Those in one set do not see each other.
 LAYERS = [
     {"types"},
+    {"parameter_files"},
     {"data", "optimizees", "attacks", "meta_optimizer"},
     {"tasks"},
     {"inner_gradients"},
@@ -19,7 +20,9 @@ LAYERS = [
     {"meta_training"},
     {"evaluation"},
     {"report"},
-    {"config_files", "environment", "progress"},  # of the command line
+    {"config_files", "environment", "named_models", "progress"},  # of the command line
+    {"run_folder"},
+    {"attack_command"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

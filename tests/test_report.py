@@ -130,6 +130,27 @@ def test_a_cell_holds_the_mean_and_the_sample_standard_deviation():
     assert str(cell) == "0.640 ± 0.040 (0.910)"
 
 
+def test_pgd_and_the_gap_stand_beside_autoattack(tmp_path):
+    """PGD's accuracy is 0.03 above AutoAttack's everywhere, so the gap of the means is too."""
+    rows = [
+        r | {"attack": "autoattack-standard", "pgd": "pgd-40x3",
+             "pgd_accuracy": r["robust_accuracy"] + 0.03}
+        for r in make_records()
+    ]  # fmt: skip
+    text = report.markdown(rows)
+    assert "| **0.640 ± 0.040 (0.910)<br>PGD 0.670<br>gap 0.030** |" in text
+    assert "attack autoattack-standard; PGD pgd-40x3, gap: PGD minus that attack" in text
+    assert "PGD" not in report.markdown(make_records())
+    shown = terminal(report.table(rows))
+    assert "P 0.670" in shown and "Δ 0.030" in shown and "P: under PGD" in " ".join(shown.split())
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    page = report.write(tmp_path).read_text()
+    assert "<span>(0.910)</span><span>PGD 0.670</span><span>gap 0.030</span>" in page
+    # An accuracy in single precision is a little below the same one in double precision.
+    equal = [r | {"pgd_accuracy": r["robust_accuracy"] - 1e-8} for r in make_records()]
+    assert "gap 0.000" in report.markdown(equal)
+
+
 def test_costs_are_means_over_the_runs_of_a_row():
     seconds = (1.0, 2.0, 6.0)
     rows = [record | {"seconds": s, "gradient_evaluations": 1600, "adversarial_examples": 25600}

@@ -5,10 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 import advmeta
+from advmeta.attacks.adaptive_boundary import _fab
+from advmeta.attacks.auto_pgd import _apgd
+from advmeta.attacks.square_attack import _square
 from advmeta.evaluation import baselines, transfer
+from advmeta.evaluation.stronger import autoattack_accuracy, with_autoattack
 from advmeta.held_out import held_out_accuracy
+from advmeta.progress import TableProgress
 from advmeta.tasks import Task
 
 
@@ -53,6 +59,11 @@ def test_unknown_rows_list_the_known_ones():
         transfer.TransferConfig(rows=("adam", "mart"))
 
 
+def mark(task, params, key, records):
+    """In the place of `with_autoattack`: the same accuracies under its name."""
+    return [record | {"attack": "autoattack-standard"} for record in records]
+
+
 @pytest.fixture(scope="module")
 def tiny_table():
     """A table of one cell on few examples, with a row of each kind and grids of a few points."""
@@ -64,8 +75,10 @@ def tiny_table():
         cells=(transfer.Cell("same architecture", "digits", "linear", 0.05),),
         rows=("adam-no-decay", "adam-noisy", "adversarial", "free"),
         inner_steps=20, batch_size=32, seeds=2, tuning_seeds=1, attack_steps=5, restarts=1,
+        attack="autoattack",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "with_autoattack", mark)  # the real one has a test of its own
         patch.setattr(transfer, "BASELINES", small)
         messages, kept = [], []
         records, curves = transfer.transfer_table(
@@ -84,7 +97,9 @@ def test_table_has_a_record_for_every_row_and_seed(tiny_table):
     assert rows == expected | {("meta-optimizer", "clean")}
     assert len(records) == 2 * len(rows) and {r["seed"] for r in records} == {0, 1}
     assert len(curves["learning"]) == len(curves["epsilon"]) == len(records)
-    assert len(messages) == len(rows) + 1
+    assert {r["attack"] for r in records} == {"autoattack-standard"}
+    # One for tuning, then two for each row; the bar of the command line ends where they do.
+    assert len(messages) == 2 * len(rows) + 1 == TableProgress(config, Console())._total
     for record in records:
         assert 0 <= record["robust_accuracy"] <= record["clean_accuracy"] <= 1
         assert record["seconds"] > 0
@@ -139,6 +154,34 @@ def test_what_was_trained_is_what_the_records_are_of(tiny_table):
     for record, (optimizer, inner_gradient, accuracy) in zip(records, found, strict=True):
         assert (record["optimizer"], record["inner_gradient"]) == (optimizer, inner_gradient)
         np.testing.assert_allclose(record["clean_accuracy"], accuracy, atol=2e-3)
+
+
+def test_autoattack_judges_all_models_with_the_same_programs_and_pgd_stays_beside_it():
+    """A linear model of two pixels and three classes; the third is never near.
+
+    The margin of x = (a, b) is w (a - b), whatever w > 0: robust where a - b > 2 epsilon = 0.2.
+    The first model has w = 1, the second w = 3. With w < 0 only the last example is classified
+    correctly, by less than that.
+    """
+    pixels = jnp.array([[0.55, 0.45], [0.7, 0.3], [0.9, 0.1], [0.45, 0.55]])
+    batch = advmeta.Batch(pixels[:, None, :, None], jnp.zeros(4, jnp.int32))
+
+    def apply(params, x):
+        a, b = x[:, 0, 0, 0], x[:, 0, 1, 0]
+        return jnp.stack([params["w"] * a, params["w"] * b, 0 * a - 9], axis=1)
+
+    optimizee = advmeta.Optimizee(None, apply)
+    task = Task(batch, batch, advmeta.ThreatModel("linf", 0.1), optimizee, batch_size=1)
+    records = [{"attack": "pgd-40x3", "robust_accuracy": pgd, "seed": 0} for pgd in (0.75, 0.5)]
+    programs = (_apgd, _fab, _square)
+    key, w = jax.random.key(0), jnp.array([1.0, 3.0])
+    found = with_autoattack(task, {"w": w[:1]}, key, records[:1])
+    compiled = [program._cache_size() for program in programs]
+    found += with_autoattack(task, {"w": w[1:]}, key, records[1:])
+    assert autoattack_accuracy(task, {"w": jnp.array([2.0, -1.0])}, key) == [0.5, 0.0]
+    assert [program._cache_size() for program in programs] == compiled
+    shared = {"attack": "autoattack-standard", "robust_accuracy": 0.5, "pgd": "pgd-40x3", "seed": 0}
+    assert found == [shared | {"pgd_accuracy": 0.75}, shared | {"pgd_accuracy": 0.5}]
 
 
 def test_held_out_accuracy_of_a_known_model():

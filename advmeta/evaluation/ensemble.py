@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 from advmeta.attacks import ThreatModel, average_logits
 from advmeta.attacks.validation import Note, as_partial, check_attack_inputs
 from advmeta.evaluation import ledger as books
+from advmeta.evaluation.accounting import Passes, count_passes
 from advmeta.evaluation.ledger import Ledger, State
 from advmeta.evaluation.sanity.probes import warn_of_probabilities
 from advmeta.evaluation.survivors import Diary, Task, bucket_size, evaluate
@@ -34,6 +35,7 @@ class AutoAttackResult(NamedTuple):
     seconds: dict[
         str, float
     ]  # by attack, compilation included; of this call, where one was resumed
+    evaluations: dict[str, Passes]  # by attack of the package, at most: see `accounting.passes`
     note: Note  # what was done otherwise than asked, e.g. for want of classes
 
 
@@ -105,11 +107,10 @@ def autoattack(
       Croce and Hein 2020, Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
       Parameter-free Attacks. arXiv:2003.01690
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    model, classify = _two_views(logits_fn, version, key)
-    x, y = (np.asarray(v) for v in check_attack_inputs(classify, x, y, threat_model))
-    radii = _radii(threat_model, epsilons, x)
+    model, classify, x, y, radii = check_evaluation(
+        logits_fn, x, y, threat_model=threat_model, key=key, version=version,
+        batch_size=batch_size, epsilons=epsilons,
+    )  # fmt: skip
     logits = _clean_logits(classify, x, batch_size)
     warn_of_probabilities(logits)
     attacks, note = attack_list(version, logits.shape[1], attacks)
@@ -117,13 +118,30 @@ def autoattack(
     identity = books.fingerprint(x, y, logits, threat_model, radii, key, attacks)
     diary = Diary(None if state_path is None else Path(state_path), identity)
     order = np.argsort([r.max() for r in radii], kind="stable")
-    states, seconds, notes = evaluate(
-        task, [radii[i] for i in order], diary, logits.argmax(1) == y, progress
-    )
+    radii, is_correct = [radii[i] for i in order], logits.argmax(1) == y
+    states, seconds, notes = evaluate(task, radii, diary, is_correct, progress)
+    evaluations = count_passes(states, radii, is_correct, attacks, logits.shape[1])
     states = [states[i] for i in np.argsort(order)]
     note = Note("; ".join(dict.fromkeys(filter(None, [note, *notes]))))
-    clean_accuracy = float((logits.argmax(1) == y).mean())
-    return _result(states, attacks, epsilons, clean_accuracy, seconds, note)
+    clean_accuracy = float(is_correct.mean())
+    return _result(states, attacks, epsilons, clean_accuracy, seconds, evaluations, note)
+
+
+def check_evaluation(
+    logits_fn: LogitsFn, x, y, *, threat_model: ThreatModel, key: Key, version: str,
+    batch_size: int, epsilons: Sequence[float] | None,
+) -> tuple[Partial, Partial, np.ndarray, np.ndarray, list[np.ndarray]]:  # fmt: skip
+    """Raises the ValueErrors of `autoattack` that need no pass of the model.
+
+    Returns:
+      The model as attacks see it, and as a function of x alone; x and y on the host; and the
+      epsilon of every example [n], for each point of the curve.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    model, classify = _two_views(logits_fn, version, key)
+    x, y = (np.asarray(v) for v in check_attack_inputs(classify, x, y, threat_model))
+    return model, classify, x, y, _radii(threat_model, epsilons, x)
 
 
 @jax.jit
@@ -193,7 +211,9 @@ def _radii(threat_model: ThreatModel, epsilons, x: np.ndarray) -> list[np.ndarra
     return radii
 
 
-def _result(states: list[State], attacks, epsilons, clean_accuracy, seconds, note):
+def _result(
+    states: list[State], attacks, epsilons, clean_accuracy, seconds, evaluations, note
+) -> AutoAttackResult:
     names = ("clean", *dict.fromkeys(name for name, _ in attacks))
     # The last entry is for the run number -1 of what is robust.
     attack_of_run = [0, *(names.index(name) for name, _ in attacks), books.ROBUST]
@@ -214,5 +234,6 @@ def _result(states: list[State], attacks, epsilons, clean_accuracy, seconds, not
         book,
         None if epsilons is None else np.asarray(epsilons, np.float32),
         seconds,
+        evaluations,
         note,
     )

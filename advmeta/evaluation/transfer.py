@@ -5,7 +5,7 @@ import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import optax
@@ -14,6 +14,7 @@ from advmeta import data, optimizees
 from advmeta.attacks.threat_model import ThreatModel
 from advmeta.evaluation.baselines import BASELINES, QUICK_ROWS, ROWS, Hyperparameters, choose
 from advmeta.evaluation.curves import epsilon_curves, learning_curves
+from advmeta.evaluation.stronger import with_autoattack
 from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.inner_gradients import RECIPES, InnerGradient, Recipe, clean
 from advmeta.tasks import Task
@@ -66,7 +67,9 @@ class TransferConfig:
       seeds: models trained for each entry; mean and spread are over them.
       tuning_seeds: models trained for each point of a baseline's grid; more where it is small.
       validation: fraction of the training set on which the grid is judged.
-      attack_steps, restarts: of the PGD that gives robust accuracy on the test set.
+      attack: what gives robust accuracy on the test set, "pgd" or "autoattack"; the second, its
+        standard version, comes with PGD's number beside it.
+      attack_steps, restarts: of that PGD.
     """
 
     cells: tuple[Cell, ...] = CELLS
@@ -76,6 +79,7 @@ class TransferConfig:
     seeds: int = 3
     tuning_seeds: int = 2
     validation: float = 0.2
+    attack: Literal["pgd", "autoattack"] = "pgd"
     attack_steps: int = 40
     restarts: int = 3
 
@@ -83,6 +87,8 @@ class TransferConfig:
         unknown = [name for name in self.rows if name not in ROWS]
         if unknown:
             raise ValueError(f"rows={unknown} are unknown; the known ones are {list(ROWS)}")
+        if self.attack not in ("pgd", "autoattack"):
+            raise ValueError(f"attack={self.attack!r} is unknown; write 'pgd' or 'autoattack'")
         for name in ("inner_steps", "seeds", "tuning_seeds", "attack_steps", "restarts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -111,7 +117,7 @@ def transfer_table(
 
     Baselines are tuned for each cell on a part of its training set; the meta-optimizer is used as
     it is. Then each trains ``seeds`` models on the whole training set, all for the same number of
-    inner steps, and PGD attacks them on the test set.
+    inner steps, and PGD, and where it is asked for AutoAttack, attack them on the test set.
 
     Args:
       config: see `TransferConfig`.
@@ -142,7 +148,11 @@ def transfer_table(
             params, seconds = timed(compiled[entry.make], task, entry.point, keys)
             keep(entry, task, params)
             accuracy = judge(config, task, params, attack_key)
-            records += _records(config, cell, entry, accuracy, seconds)
+            found = _records(config, cell, entry, accuracy, seconds)
+            if config.attack == "autoattack":
+                report(f"{cell.setting}: AutoAttack on {entry.optimizer}, {entry.inner_gradient}")
+                found = with_autoattack(task, params, attack_key, found)
+            records += found
             if index == 0:
                 _add_curves(config, task, entry, keys, params, curves)
     return records, curves

@@ -1,17 +1,12 @@
-"""Meta-parameters on disk: a safetensors file with a JSON card beside it. Nothing is unpickled."""
+"""Meta-parameters on disk: a safetensors file with a JSON card beside it."""
 
 import dataclasses
 import json
 import os
 import pathlib
 
-import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-
 from advmeta.meta_optimizer.transform import MetaOptimizerConfig, check_meta_params
+from advmeta.parameter_files import load_params, save_params
 from advmeta.types import MetaParams
 
 
@@ -27,15 +22,10 @@ def save_weights(
       **card: anything else that JSON can hold and a later user should know.
     """
     path = pathlib.Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"path={str(path)!r} must end in '.safetensors'")
     check_meta_params(meta_params, config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {k: np.asarray(v) for k, v in flatten_dict(meta_params, sep="/").items()}
+    save_params(path, meta_params)
     card = {"meta_optimizer": dataclasses.asdict(config), **card}
     temporary = path.with_suffix(".tmp")
-    save_file(arrays, temporary)
-    os.replace(temporary, path)
     temporary.write_text(json.dumps(card, indent=2) + "\n")
     os.replace(temporary, path.with_suffix(".json"))
 
@@ -59,16 +49,7 @@ def load_weights(path: str | os.PathLike) -> tuple[MetaParams, MetaOptimizerConf
             f"{path.with_suffix('.json')} has no 'meta_optimizer' that is a "
             f"MetaOptimizerConfig: {error!r}"
         ) from error
-    try:
-        arrays = load_file(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file {str(path)!r}") from error
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{str(path)!r} is not a safetensors file ({error}); nothing else is read, pickles and "
-            "msgpack neither: save weights with advmeta.save_weights"
-        ) from error
-    meta_params = unflatten_dict({k: jnp.asarray(v) for k, v in arrays.items()}, sep="/")
+    meta_params = load_params(path)
     check_meta_params(meta_params, config)
     return meta_params, config, card
 

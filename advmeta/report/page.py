@@ -146,7 +146,8 @@ def _table(layout: Transfer) -> str:
 def _cell(cell: Cell | None) -> str:
     if cell is None:
         return "<td>-</td>"
-    return f"<td>{cell.robust}<span>({cell.clean.mean:.3f})</span></td>"
+    beside = "".join(f"<span>{text}</span>" for text in cell.beside)
+    return f"<td>{cell.robust}<span>({cell.clean.mean:.3f})</span>{beside}</td>"
 
 
 def _checks(records: Sequence[Mapping]) -> str:

@@ -58,7 +58,7 @@ def _learning(records: Sequence[Mapping]) -> Plot:
         for title, key in (("Clean accuracy", "clean_accuracy"),
                            ("Robust accuracy", "robust_accuracy"))
     )  # fmt: skip
-    caption = f"Test accuracy while a model is trained, same architecture{_band(records)}."
+    caption = f"While a model is trained, robust under PGD, same architecture{_band(records)}."
     return Plot("learning_curves", "Learning curves", caption, panels, _legend(records))
 
 
@@ -66,9 +66,8 @@ def _epsilon(records: Sequence[Mapping], results: Sequence[Mapping]) -> Plot:
     trained = {r["epsilon"] for r in results if r.get("setting") == SAME and r.get("epsilon")}
     panel = _curves("Robust accuracy", "epsilon of the attack", records, "epsilons",
                     "robust_accuracy", trained)  # fmt: skip
-    caption = (
-        f"Robust accuracy against the size of the perturbation, same architecture{_band(records)}"
-        + ("; vertical: the epsilon of the table." if trained else ".")
+    caption = f"Under PGD with perturbations of each size, same architecture{_band(records)}" + (
+        "; vertical: the epsilon of the table." if trained else "."
     )
     return Plot("epsilon", "Robustness against epsilon", caption, (panel,), _legend(records))
 
@@ -97,7 +96,7 @@ def _curves(
             ax.plot(xs, means, **look.line)
             ax.fill_between(xs, means - spreads, means + spreads, color=COLORS[look.color][0],
                             alpha=0.16, linewidth=0, zorder=2)  # fmt: skip
-        _accuracy_axis(ax, x_name)
+        accuracy_axis(ax, x_name)
 
     ends = ", ".join(f"{row.label} {ys[-1]:.3f}" for row, (_, ys, _) in curves.items() if len(ys))
     return Panel(title, f"{title} against {x_name}. At the end: {ends}.", draw)
@@ -114,7 +113,7 @@ def mean_curve(
     return np.array(xs), means, np.array([summary.spread for summary in summaries])
 
 
-def _accuracy_axis(ax: Axes, x_name: str) -> None:
+def accuracy_axis(ax: Axes, x_name: str) -> None:
     ax.set_ylim(0, 1.02)
     ax.set_xlabel(x_name)
     ax.margins(x=0.01)

@@ -54,9 +54,18 @@ class Summary(NamedTuple):
 class Cell(NamedTuple):
     robust: Summary
     clean: Summary
+    pgd: Summary | None  # where robust accuracy is another attack's
 
     def __str__(self) -> str:
         return f"{self.robust} ({self.clean.mean:.3f})"
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """PGD's number, and by how much it is too high; nothing where there is no other."""
+        if self.pgd is None:
+            return ()
+        gap = round(self.pgd.mean - self.robust.mean, 3) + 0.0  # no minus before a zero
+        return f"PGD {self.pgd.mean:.3f}", f"gap {gap:.3f}"
 
 
 class Cost(NamedTuple):
@@ -143,15 +152,17 @@ def transfer(records: Sequence[Mapping]) -> Transfer:
     known = {setting: place for place, setting in enumerate(SETTINGS)}
     columns = dict.fromkeys(column for _, column in groups)
     columns = sorted(columns, key=lambda column: known.get(column.setting, len(known)))
-    cells = {
-        key: Cell(*(summarise(r[name] for r in group) for name in _ACCURACIES))
-        for key, group in groups.items()
-    }
+    cells = {key: _cell(group) for key, group in groups.items()}
     costs = {row: _cost([r for r in records if row_of(r) == row]) for row in rows}
     return Transfer(rows, tuple(columns), cells, costs, _caption(records, cells))
 
 
-_ACCURACIES = ("robust_accuracy", "clean_accuracy")
+def _cell(group: Sequence[Mapping]) -> Cell:
+    robust, clean = (
+        summarise(r[name] for r in group) for name in ("robust_accuracy", "clean_accuracy")
+    )
+    has_pgd = any("pgd_accuracy" in r for r in group)
+    return Cell(robust, clean, summarise(r.get("pgd_accuracy") for r in group) if has_pgd else None)
 
 
 def _check(records: Sequence[Mapping]) -> None:
@@ -181,7 +192,9 @@ def _caption(records: Sequence[Mapping], cells: Mapping[object, Cell]) -> str:
         first = f"Robust accuracy ± standard deviation over {seeds} seeds (clean accuracy)"
     attacks = ", ".join(dict.fromkeys(str(r["attack"]) for r in records if r.get("attack")))
     steps = sorted({int(r["inner_steps"]) for r in records if r.get("inner_steps")})
+    weaker = ", ".join(dict.fromkeys(str(r["pgd"]) for r in records if r.get("pgd")))
     parts = [first, f"attack {attacks}" if attacks else "",
+             f"PGD {weaker}, gap: PGD minus that attack" if weaker else "",
              f"{' or '.join(map(str, steps))} inner steps" if steps else ""]  # fmt: skip
     sentences = "; ".join(part for part in parts if part)
     return f"{sentences}. Costs: means over the runs of a row. {_tuning(records)}".strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from advmeta.report.records import Transfer, transfer
+from advmeta.report.records import Cell, Transfer, transfer
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,14 +19,16 @@ def table(records: Sequence[Mapping]) -> Table:
 
     A row is an optimizer and its inner gradient, the meta-optimizer's last; a column is a setting.
     A cell holds the mean of the robust accuracies over the seeds, their sample standard deviation
-    (nothing for one seed), and in brackets the mean clean accuracy. Records of different data
+    (nothing for one seed), in brackets the mean clean accuracy, and where records hold PGD's
+    accuracy beside another attack's, that and the gap. Records of different data
     sets, architectures, threat models, attacks or numbers of inner steps never share a cell.
 
     Args:
       records: dicts as in results.json, one a row and seed. They hold optimizer, inner_gradient,
         clean_accuracy and robust_accuracy, in [0, 1]; for the rest also setting, dataset,
         architecture, norm, epsilon, attack, inner_steps, gradient_evaluations,
-        adversarial_examples, seconds and tuning_gradient_evaluations.
+        adversarial_examples, seconds, tuning_gradient_evaluations, pgd (its name) and
+        pgd_accuracy.
 
     Returns:
       A `rich.table.Table`, to be printed on a `rich.console.Console`.
@@ -47,7 +49,9 @@ def table(records: Sequence[Mapping]) -> Table:
     from rich.text import Text
 
     layout = transfer(records)
-    caption = Text(f"{layout.caption} {_COST_CAPTION}", style="dim")
+    has_pgd = any(cell.pgd for cell in layout.cells.values())
+    words = (layout.caption, _COST_CAPTION, _PGD_CAPTION if has_pgd else "")
+    caption = Text(" ".join(filter(None, words)), style="dim")
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption=caption,
                  caption_justify="left")  # fmt: skip
     made.add_column("optimizer\n(inner\ngradient)", width=LABEL_WIDTH)
@@ -62,7 +66,7 @@ def table(records: Sequence[Mapping]) -> Table:
         if row.meta:
             made.add_section()
         label = Text(f"{row.optimizer}\n({row.inner_gradient})")
-        cells = [_stacked(str(layout.cells.get((row, column), "-"))) for column in layout.columns]
+        cells = [_stacked(layout.cells.get((row, column))) for column in layout.columns]
         style = "bold green" if row.meta else None
         made.add_row(label, *cells, *layout.costs[row].strings(), style=style)
     return made
@@ -73,13 +77,17 @@ LABEL_WIDTH, CELL_WIDTH = 14, 7
 _SHORT = {"same architecture": "same arch.", "other activation": "other activ."}
 _SHORT_COSTS = ("grad. evals", "adv. ex.", "sec. /run")
 _COST_CAPTION = "Grad. evals: gradient evaluations; adv. ex.: adversarial examples made."
+_PGD_CAPTION = "P: under PGD; Δ: the gap."
 
 
-def _stacked(cell: str) -> Text:
-    """Robust accuracy, spread and clean accuracy below each other, the first one plain."""
+def _stacked(cell: Cell | None) -> Text:
+    """Robust accuracy, spread, clean accuracy and PGD below each other, the first one plain."""
     from rich.text import Text
 
-    first, *rest = cell.replace("± ", "±").split()
+    if cell is None:
+        return Text("-")
+    first, *rest = str(cell).replace("± ", "±").split()
+    rest += [text.replace("PGD", "P").replace("gap", "Δ") for text in cell.beside]
     return Text.assemble(first, *((f"\n{word}", "dim") for word in rest))
 
 
@@ -107,8 +115,8 @@ def markdown(records: Sequence[Mapping]) -> str:
     header = ["optimizer", "inner gradient", *map("<br>".join, heads), *COSTS]
     lines = [header, ["---", "---", *[":-:"] * len(heads), *["--:"] * len(COSTS)]]
     for row in layout.rows:
-        cells = [str(layout.cells.get((row, column), "-")) for column in layout.columns]
-        line = _escaped([*row, *cells, *layout.costs[row].strings()])
+        cells = [_in_markdown(layout.cells.get((row, column))) for column in layout.columns]
+        line = [*_escaped(row), *cells, *layout.costs[row].strings()]
         lines.append([f"**{text}**" for text in line] if row.meta else line)
     (caption,) = _escaped([layout.caption])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption}\n"
@@ -153,6 +161,10 @@ def check_cells(record: Mapping) -> tuple[str, ...]:
     )
     verdict = {True: "pass", False: "FAIL", None: "left out"}[record["passed"]]
     return str(record["number"]), record["name"], value, threshold, verdict, record["note"]
+
+
+def _in_markdown(cell: Cell | None) -> str:
+    return "-" if cell is None else "<br>".join([str(cell), *cell.beside])
 
 
 def _headers(layout: Transfer) -> list[tuple[str, ...]]:
