@@ -1,7 +1,7 @@
 """The ordinary optimizers that the meta-optimizer is held against, each with its grid."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import optax
 
 from advmeta.inner_gradients import RECIPES, InnerGradient, noisy
 from advmeta.tasks import Task
-from advmeta.types import Array
+from advmeta.types import Array, Params
 
 
 class Hyperparameters(NamedTuple):
@@ -66,6 +66,26 @@ def sgd(point: Hyperparameters) -> optax.GradientTransformation:
 def adamw(point: Hyperparameters) -> optax.GradientTransformation:
     """Adam with decoupled decay (Loshchilov and Hutter 2019)."""
     return optax.adamw(point.learning_rate, weight_decay=point.weight_decay)
+
+
+def one_of(
+    which: Array, optimizers: Sequence[optax.GradientTransformation]
+) -> optax.GradientTransformation:
+    """The optimizer at an index [] that may be traced: all are computed and one is taken.
+
+    So a single program tunes them all; compiling takes longer than what it saves.
+    """
+
+    def init(params: Params) -> tuple:
+        return tuple(optimizer.init(params) for optimizer in optimizers)
+
+    def update(gradient: Params, states: tuple, params: Params | None = None):
+        pairs = zip(optimizers, states, strict=True)
+        updates, states = zip(*[o.update(gradient, s, params) for o, s in pairs], strict=True)
+        taken = jax.tree.map(lambda *leaves: jnp.stack(leaves)[which], *updates)
+        return taken, states
+
+    return optax.GradientTransformation(init, update)
 
 
 _ADAM_RATES, _SGD_RATES = (1e-3, 3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1, 3e-1)

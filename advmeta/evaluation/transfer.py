@@ -8,11 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from advmeta import data, optimizees
 from advmeta.attacks.threat_model import ThreatModel
-from advmeta.evaluation.baselines import BASELINES, QUICK_ROWS, ROWS, Hyperparameters, choose
+from advmeta.evaluation.baselines import (
+    BASELINES,
+    QUICK_ROWS,
+    ROWS,
+    Hyperparameters,
+    choose,
+    one_of,
+)
 from advmeta.evaluation.curves import epsilon_curves, learning_curves
 from advmeta.evaluation.stronger import with_autoattack
 from advmeta.held_out import Accuracy, held_out_accuracy
@@ -175,10 +183,14 @@ def tune(config: TransferConfig, task: Task, key: Key) -> list[Entry]:
     """The best point of each row's grid, by robust accuracy on the held-out part of the task."""
     rows = [ROWS[name] for name in config.rows]
     makes = {row.baseline: BASELINES[row.baseline].make for row in rows}
+    recipes = {BASELINES[name].recipe: [] for name in makes}
+    for name in makes:
+        recipes[BASELINES[name].recipe].append(name)
     # XLA compiles a program on one core, so several at a time; nothing is timed here.
     with ThreadPoolExecutor() as pool:
-        scores = pool.map(lambda name: score_grid(config, name, task, key), makes)
-        scores = dict(zip(makes, scores, strict=True))
+        groups = pool.map(lambda names: score_grids(config, tuple(names), task, key),
+                          recipes.values())  # fmt: skip
+        scores = {name: score for group in groups for name, score in group.items()}
     entries = []
     for row in rows:
         baseline, make = BASELINES[row.baseline], makes[row.baseline]
@@ -191,20 +203,31 @@ def tune(config: TransferConfig, task: Task, key: Key) -> list[Entry]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def score_grid(config: TransferConfig, name: str, task: Task, key: Key) -> Array:
-    """Robust validation accuracy of every point of a baseline's grid, [g]."""
+def score_grids(
+    config: TransferConfig, names: tuple[str, ...], task: Task, key: Key
+) -> dict[str, Array]:
+    """Robust validation accuracy of every point of some baselines' grids, [g] each.
 
-    def run(point: Hyperparameters, key: Key) -> Array:
+    The baselines have the same recipe, repeats and size of grid.
+    """
+    baselines = [BASELINES[name] for name in names]
+
+    def run(which: Array, point: Hyperparameters, key: Key) -> Array:
         train_key, attack_key = jax.random.split(key)
-        optimizer, inner_gradient = BASELINES[name].make(point, task)
+        optimizer = one_of(which, [baseline.optimizer(point) for baseline in baselines])
+        _, inner_gradient = baselines[0].make(point, task)
         params, _ = train(
             task, optimizer, train_key, steps=config.inner_steps, inner_gradient=inner_gradient
         )
         return held_out_accuracy(task, params, attack_key, attack_steps=20, restarts=1).robust
 
-    keys = jax.random.split(key, config.tuning_seeds * BASELINES[name].repeats)
-    over_seeds = jax.vmap(run, in_axes=(None, 0))
-    return jax.vmap(over_seeds, in_axes=(0, None))(BASELINES[name].grid, keys).mean(axis=1)
+    keys = jax.random.split(key, config.tuning_seeds * baselines[0].repeats)
+    grids = jax.tree.map(lambda *axes: jnp.stack(axes), *[baseline.grid for baseline in baselines])
+    over_seeds = jax.vmap(run, in_axes=(None, None, 0))
+    over_points = jax.vmap(over_seeds, in_axes=(None, 0, None))
+    over_baselines = jax.vmap(over_points, in_axes=(0, 0, None))
+    scores = over_baselines(jnp.arange(len(names)), grids, keys).mean(axis=-1)
+    return dict(zip(names, scores, strict=True))
 
 
 def compile_trainings(
