@@ -191,7 +191,7 @@ def _make_table(
     folder: pathlib.Path,
     console: Console,
 ) -> None:
-    """Makes the transfer table and checks it, prints both, and writes them with the page."""
+    """Makes the transfer table, prints it, and writes it with the page; `evaluate` also checks it."""
     key, models = jax.random.key(command.seed), []
 
     def keep(entry: Entry, task: Task, params: PyTree) -> None:
@@ -205,10 +205,11 @@ def _make_table(
     (folder / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     (folder / "curves.json").write_text(json.dumps(curves) + "\n")
     console.print(report.table(records))
-    with console.status("sanity checks"):
-        checks = [check._asdict() for check in _check(command.table, *models[0], key)]
-    (folder / "sanity.json").write_text(json.dumps(checks, indent=1) + "\n")
-    console.print(report.checks(checks))
+    if isinstance(command, Evaluate):
+        with console.status("sanity checks"):
+            checks = [check._asdict() for check in _check(command.table, *models[0], key)]
+        (folder / "sanity.json").write_text(json.dumps(checks, indent=1) + "\n")
+        console.print(report.checks(checks))
     report.write(folder)
 
 
