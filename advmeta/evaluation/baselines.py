@@ -107,7 +107,7 @@ BASELINES = {
     "sgd": Baseline(sgd, "clean", grid(_SGD_RATES, _L2, _NOISE)),
     "adamw": Baseline(adamw, "clean", grid(_ADAM_RATES, _DECAY, _NOISE)),
     **{
-        recipe: Baseline(adam, recipe, grid(_ADAM_RATES, (0.0,), (0.0,)), repeats=4)
+        recipe: Baseline(adam, recipe, grid(_ADAM_RATES, (0.0,), (0.0,)), repeats=2)
         for recipe in _ROBUST_RECIPES
     },
 }
