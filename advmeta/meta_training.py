@@ -46,13 +46,14 @@ class MetaTrainingConfig:
 
     tasks: tuple[TaskConfig, ...] = (
         TaskConfig(optimizee="linear"),
+        TaskConfig(optimizee="mlp-10"),
         TaskConfig(optimizee="mlp-20"),
     )
     selection: tuple[TaskConfig, ...] = (TaskConfig(optimizee="mlp-24", train_examples=800),)
     meta_optimizer: MetaOptimizerConfig = MetaOptimizerConfig()
     meta_loss: MetaLossConfig = MetaLossConfig()
     inner_gradient: str = "clean"
-    outer_steps: int = 350
+    outer_steps: int = 250
     lanes: int = 4
     truncation: int = 20
     horizon: tuple[int, int] = (60, 200)
