@@ -58,7 +58,7 @@ CELLS = (
     Cell("wider", "digits", "mlp-40", 0.1),
     Cell("deeper", "digits", "mlp-20-20", 0.1),
     Cell("other activation", "digits", "mlp-20-tanh", 0.1),
-    Cell("CNN", "digits", "cnn-8-16", 0.1),
+    Cell("CNN", "digits", "cnn-4-8", 0.1),
     Cell("other data set", "fashion_small", "mlp-20", 0.05),
 )
 
