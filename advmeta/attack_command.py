@@ -47,7 +47,7 @@ class Attack(Shared):
     params: pathlib.Path | None = None
     optimizee: str | None = None
     data: str = "digits"
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Literal["linf", "l2", "l1"] = "linf"
     epsilon: float = 0.1
     epsilons: tuple[float, ...] = ()
     version: Literal["standard", "plus", "rand"] = "standard"

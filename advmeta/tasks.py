@@ -110,7 +110,7 @@ class TaskConfig:
       optimizee: a name that `advmeta.optimizees.by_name` knows.
       train_examples: size of a task's training set.
       batch_size: examples an inner step.
-      norm: "linf" or "l2".
+      norm: "linf", "l2" or "l1".
       epsilon: radius of the threat model, for inputs in [0, 1].
     """
 

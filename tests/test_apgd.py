@@ -8,9 +8,10 @@ from fixtures import SETTINGS, linear, linear_problem, load_images, load_model, 
 from jax.tree_util import Partial
 
 import advmeta
-from advmeta.attacks import apgd, auto_pgd
+from advmeta.attacks import apgd, auto_pgd, sparse_auto_pgd
 from advmeta.attacks.auto_pgd import checkpoints, random_start
 from advmeta.attacks.runs import Evaluation
+from advmeta.attacks.sparse_auto_pgd import phases
 
 KEY = jax.random.key(0)
 
@@ -67,6 +68,36 @@ def test_a_checkpoint_halves_the_step_at_most_at_the_threshold_and_when_standing
     assert second.step_size.ravel().tolist() == [0.5, 0.5, 0.5]
 
 
+def test_the_phases_of_l1_are_those_of_the_reference():
+    factor, is_start, is_checkpoint = phases(100)
+    # The first two have one step less: their starts are among the 101 evaluations.
+    assert np.asarray(factor).tolist() == 30 * [3] + 30 * [2] + 41 * [1]
+    assert np.flatnonzero(is_start).tolist() == [0, 30, 60]
+    np.testing.assert_array_equal(is_checkpoint, ~is_start)  # 0.04 of 40 steps is 1
+    # Of 1,000 steps, 400 are in the last phase, with a checkpoint every 16; 12 in the first.
+    _, is_start, is_checkpoint = phases(1000)
+    assert np.flatnonzero(is_start).tolist() == [0, 300, 600]
+    assert np.flatnonzero(is_checkpoint)[:2].tolist() == [12, 24]
+    assert np.flatnonzero(is_checkpoint)[-2:].tolist() == [984, 1000]
+    assert phases(1).factor.tolist() == [1, 1]  # a start and a step, at epsilon
+
+
+def test_a_checkpoint_of_l1_goes_back_where_the_best_point_has_become_sparser():
+    x, moved = jnp.zeros([3, 20]), jnp.ones([3, 20])
+    best = jnp.ones([3, 20]).at[:, 18:].set(0.0)  # 18 entries
+    state = sparse_auto_pgd._State(
+        moved, best, jnp.zeros(3), 2 * moved, x, jnp.zeros(3, bool), jnp.array([0.5, 0.5, 0.1]),
+        jnp.array([19.0, 18.0, 18.0]),
+    )  # fmt: skip
+    at = Evaluation(jnp.zeros(3), moved, jnp.zeros(3, bool))
+    state, x_now, gradient = sparse_auto_pgd._checkpoint(state, at, True, x)
+    # 18 < 0.95 * 19 = 18.05: a full step from the best point. Else 0.5 / 1.5, and not below 0.1.
+    np.testing.assert_allclose(state.step_size, [1.0, 1 / 3, 0.1], rtol=1e-6)
+    assert state.entries.tolist() == [18.0, 18.0, 18.0]
+    np.testing.assert_array_equal(x_now, [best[0], moved[1], moved[2]])
+    np.testing.assert_array_equal(gradient[:, 0], [2.0, 1.0, 1.0])
+
+
 def conformance(setting, loss, n, rank=None):
     """Compares flags and best losses, an example, with those of the reference."""
     name, norm, epsilon = SETTINGS[setting]
@@ -118,6 +149,27 @@ def test_a_linear_model_is_broken_exactly_where_the_boundary_is_within_epsilon(
         np.testing.assert_array_equal(result.is_adversarial, epsilon > distance)
 
 
+@pytest.mark.parametrize("options", [dict(loss="ce"), dict(loss="margin", target_ranks=[2])])
+def test_a_linear_model_is_broken_in_l1_exactly_where_the_boundary_is_within_epsilon(options):
+    # The margin w (x - 0.5) falls fastest in the coordinates of the largest weights: the distance
+    # is |margin| / ||w||_inf. Four share that weight, as the sparsest steps that the rule arrives
+    # at have two entries, of equal size; the run must find these four among the twenty.
+    rng = np.random.default_rng(0)
+    w = rng.uniform(0.1, 0.5, 20) * rng.choice([-1, 1], 20)
+    w[::5] = np.sign(w[::5])
+    x = 0.5 + rng.uniform(-0.1, 0.1, size=(32, 20))
+    margin = (x - 0.5) @ w
+    distance, y = np.abs(margin), (margin < 0).astype(int)
+    assert distance.max() < 0.4  # the bounds do not bind
+    params = {"weight": jnp.stack([w, 0 * w], axis=1), "bias": jnp.array([-w.sum() / 2, 0])}
+    for epsilon in (0.99 * distance, 1.01 * distance):
+        result = apgd(
+            Partial(linear, params), x, y, threat_model=advmeta.ThreatModel("l1", epsilon), key=KEY,
+            **options,
+        )  # fmt: skip
+        np.testing.assert_array_equal(result.is_adversarial, epsilon > distance)
+
+
 def test_targeted_reaches_a_label_exactly_where_it_is_within_epsilon():
     params, x, y, distance = linear_problem("linf", classes=2)
     for epsilon in (0.99 * distance, 1.01 * distance):
@@ -141,10 +193,10 @@ def mlp():
 quick = functools.partial(apgd, key=KEY, steps=10)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_points_stay_in_the_ball_and_the_bounds(mlp, norm):
     logits_fn, x, y = mlp
-    epsilon = np.linspace(0, 0.3 if norm == "linf" else 3, len(y)).astype(np.float32)
+    epsilon = np.linspace(0, {"linf": 0.3, "l2": 3, "l1": 15}[norm], len(y)).astype(np.float32)
     threat_model = advmeta.ThreatModel(norm, epsilon)
     result = quick(logits_fn, x, y, threat_model=threat_model)
     assert (threat_model.distance(x, result.x_adv) <= epsilon * (1 + 1e-6) + 1e-7).all()
@@ -157,7 +209,7 @@ def test_points_stay_in_the_ball_and_the_bounds(mlp, norm):
 def test_random_starts_lie_on_the_sphere():
     x = jnp.full([5, 30], 0.5) + jnp.arange(5)[:, None] / 100
     keys = jax.random.split(KEY, 5)
-    for norm in ("linf", "l2"):
+    for norm in ("linf", "l2", "l1"):
         threat_model = advmeta.ThreatModel(norm, 0.1)
         starts = random_start(threat_model, keys, x)
         np.testing.assert_allclose(threat_model.distance(x, starts), 0.1, rtol=1e-5)
@@ -174,9 +226,10 @@ def test_epsilon_an_example_is_a_loop_over_epsilons(mlp):
         np.testing.assert_allclose(together.loss[rows], alone.loss[rows], rtol=1e-4)
 
 
-def test_neither_order_nor_batch_size_matter(mlp):
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.05), ("l1", 5.0)])
+def test_neither_order_nor_batch_size_matter(mlp, norm, epsilon):
     logits_fn, x, y = mlp
-    attack = functools.partial(quick, logits_fn, threat_model=advmeta.ThreatModel("linf", 0.05))
+    attack = functools.partial(quick, logits_fn, threat_model=advmeta.ThreatModel(norm, epsilon))
     whole = attack(x, y)
     order = np.random.default_rng(0).permutation(len(y))
     shuffled = attack(x[order], y[order])

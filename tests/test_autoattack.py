@@ -210,6 +210,8 @@ def test_versions_have_the_reference_s_attacks_in_its_order():
     plus = {"apgd-ce": 5, "apgd-dlr": 5, "fab": 1, "square": 1, "apgd-t": 9, "fab-t": 9}
     for version, expected in (("standard", standard), ("plus", plus)):
         assert list(counts(version).items()) == list(expected.items())
+    l1 = [name for name, _ in attack_list("standard", 10, norm="l1")[0]]
+    assert l1 == 5 * ["apgd-ce"] + 5 * ["apgd-t"] + 9 * ["fab-t"] + ["square"]
     assert counts("rand") == {"apgd-ce": 1, "apgd-dlr": 1}
     assert counts("custom", custom=("square", "fab-t")) == {"square": 1, "fab-t": 9}
     attacks = dict(attack_list("plus", 10)[0])

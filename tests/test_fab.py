@@ -39,7 +39,44 @@ def test_shortest_move_is_the_one_found_by_bisection(norm):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+def filled_move(x, w, gap, bounds):
+    """The shortest move in l1: the coordinates of the largest weights one after the other."""
+    direction = np.sign(w) * np.sign(gap)
+    room = np.where(direction > 0, bounds[1] - x, x - bounds[0])
+    move, left = np.zeros_like(x), abs(gap)
+    for i in np.argsort(-np.abs(w)):
+        if w[i] != 0:
+            move[i] = min(room[i], left / abs(w[i]))
+            left -= move[i] * abs(w[i])
+    return move * direction
+
+
+def test_shortest_move_in_l1_fills_the_heaviest_coordinates():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 2, size=(40, 30))
+    x[:, :8] = rng.choice([-1, 2], size=(40, 8))  # on the bounds, where images are
+    w = rng.normal(size=(40, 30)) * np.logspace(-3, 3, 40)[:, None]
+    w[:, 8] = 0
+    # From next to nothing to more than all coordinates can do.
+    gap = np.linspace(-1.5, 1.5, 40) * np.abs(w).sum(axis=1)
+    found = shortest_move(*map(jnp.float32, (x, w, gap)), norm="l1", bounds=(-1.0, 2.0))
+    expected = [filled_move(*row, (-1.0, 2.0)) for row in zip(x, w, gap, strict=True)]
+    # By what each coordinate does for the gap: the last one moves by what is left over a weight
+    # that may be small, and then by a multiple of the rounding of all the others.
+    scale = np.abs(w).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(w * found / scale, w * np.array(expected) / scale, atol=1e-6)
+    np.testing.assert_allclose(np.abs(found).sum(1), np.abs(expected).sum(1), rtol=1e-5)
+
+
+def test_equal_weights_share_what_is_left_in_l1():
+    # 2 * 0.5 to the bound gives 1 of the 1.5; the two weights of 1, with room 1 and 0.25, share the
+    # other half in that proportion. Any split is as short.
+    x, w = jnp.array([[0.5, 0.0, 0.75, 0.2]]), jnp.array([[2.0, 1.0, 1.0, 0.5]])
+    move = shortest_move(x, w, jnp.array([1.5]), norm="l1", bounds=(0.0, 1.0))
+    np.testing.assert_allclose(move, [[0.5, 0.4, 0.1, 0.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_shortest_move_goes_to_the_corner_nearest_to_a_plane_out_of_reach(norm):
     x, w = jnp.array([[0.2, 0.5, 0.9]]), jnp.array([[1.0, -2.0, 0.0]])
     move = shortest_move(x, w, jnp.array([10.0]), norm=norm, bounds=(0.0, 1.0))
@@ -76,7 +113,7 @@ def test_networks_fall_as_to_the_reference(setting):
     conformance(setting, 128 if "mlp" in setting else 32)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("ranks", [None, [2, 3, 4, 5]])
 def test_the_boundary_of_a_linear_model_is_found(norm, ranks):
     params, x, y, distance = linear_problem(norm)

@@ -41,7 +41,9 @@ def test_one_draw_succeeds_as_often_as_it_must(attack, probability):
     assert abs(1 - many.is_adversarial.mean() - (1 - probability) ** 10) < 0.04
 
 
-@pytest.mark.parametrize(("attack", "norm"), [(uniform_noise, "linf"), (gaussian_noise, "l2")])
+@pytest.mark.parametrize(
+    ("attack", "norm"), [(uniform_noise, "linf"), (gaussian_noise, "l2"), (gaussian_noise, "l1")]
+)
 def test_points_stay_in_the_ball_and_the_bounds(attack, norm):
     x = jax.random.uniform(KEY, [30, 6, 6, 1]).round()
     epsilon = np.linspace(0, 2, 30).astype(np.float32)

@@ -163,7 +163,7 @@ def test_nothing_passes_but_what_is_at_most_the_threshold(value, passed):
     assert made.note == ("what it is" if passed else "what it is: do that")
 
 
-@pytest.mark.parametrize("norm, epsilon", [("linf", 0.1), ("l2", 0.5)])
+@pytest.mark.parametrize("norm, epsilon", [("linf", 0.1), ("l2", 0.5), ("l1", 0.5)])
 def test_pgd_knows_which_side_of_a_plane_it_can_reach(norm, epsilon):
     ball = advmeta.ThreatModel(norm, epsilon)
     assert misjudged_planes((6, 4, 4, 1), ball, KEY, attack_steps=20, restarts=1) == 0

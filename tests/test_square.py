@@ -8,7 +8,8 @@ from jax.tree_util import Partial
 
 import advmeta
 from advmeta.attacks import square_windows
-from advmeta.attacks.square_attack import _square, move_mass
+from advmeta.attacks.square_attack import _square
+from advmeta.attacks.square_moves import move_mass_l1, move_mass_l2
 from advmeta.attacks.square_windows import Grid
 from advmeta.attacks.threat_model import example_keys
 from tests import fixtures
@@ -48,17 +49,21 @@ def test_linf_breaks_exactly_what_is_nearer_than_epsilon():
     assert result.is_adversarial.tolist() == (distances < 0.05).tolist()
 
 
-def test_l2_breaks_what_is_nearer_than_epsilon_by_a_margin():
-    # The optimum moves along -w and lowers the margin by epsilon ||w||_2. Bumps cannot build w
-    # exactly, so there is a gap; nothing beyond epsilon can be broken.
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_bumps_break_what_is_nearer_than_epsilon_by_a_margin(norm):
+    # The optimum lowers the margin by epsilon ||w||_2 along -w in l2, and by epsilon ||w||_inf in
+    # any coordinates of the largest weight in l1. Bumps cannot build that exactly, so there is a
+    # gap; nothing beyond epsilon can be broken.
     ramp = np.linspace(-1, 1, 12)
     w = np.add.outer(ramp, ramp)[..., None]
+    # For l1 all weigh the same: bumps never come down to the one pixel of the largest weight.
+    w = w if norm == "l2" else np.sign(w)
     w[-1], w[:, -1] = 0, 0
     distances = np.array([0.4, 0.5, 0.6, 1.01, 1.2]) * 0.3
-    x = at_distances(w, distances, np.sqrt(np.square(w).sum()))
+    x = at_distances(w, distances, np.sqrt(np.square(w).sum()) if norm == "l2" else np.abs(w).max())
     result = advmeta.attacks.square(
         Partial(linear, jnp.asarray(w)), x, jnp.zeros(5, int), key=KEY, queries=3000,
-        threat_model=advmeta.ThreatModel("l2", 0.3),
+        threat_model=advmeta.ThreatModel(norm, 0.3),
     )  # fmt: skip
     assert result.is_adversarial.tolist() == [True, True, True, False, False]
 
@@ -147,20 +152,21 @@ def _tiny(w, x):
 
 
 @pytest.mark.parametrize("side", [3, 5, 6, 13])
-def test_bumps_are_rings_around_two_middles(side):
-    # Ring k of a half covers all within k rows and columns of its middle and adds 1 / (k+1)^2.
+@pytest.mark.parametrize(("norm", "order", "power"), [("l2", 2, 2), ("l1", 1, 4)])
+def test_bumps_are_rings_around_two_middles(norm, order, power, side):
+    # Ring k of a half covers all within k rows and columns of its middle and adds 1 / (k+1)^power.
     def rings(height, width):
         bump = np.zeros((height, width))
         for k in range(max(height // 2 + 1, width // 2 + 1)):
             row, column = height // 2, width // 2
             rows = slice(max(row - k, 0), row + k + 1)
-            bump[rows, max(column - k, 0) : column + k + 1] += 1 / (k + 1) ** 2
-        return bump / np.sqrt(np.square(bump).sum())
+            bump[rows, max(column - k, 0) : column + k + 1] += 1 / (k + 1) ** power
+        return bump / np.linalg.norm(bump.ravel(), order)
 
     expected = np.concatenate([rings(side // 2, side), -rings(side - side // 2, side)])
-    split, cross, scale = (t[0] for t in square_windows.profiles(np.array([side]), is_row=False))
+    split, cross, scale = (t[0] for t in square_windows.profiles(np.array([side]), False, norm))
     bump = np.minimum.outer(split, cross) * scale[:, None]
-    np.testing.assert_allclose(bump, expected / np.sqrt(2), atol=1e-6)
+    np.testing.assert_allclose(bump, expected / 2 ** (1 / order), atol=1e-6)
 
 
 def test_moving_mass_is_the_reference_s_formula():
@@ -169,7 +175,7 @@ def test_moving_mass_is_the_reference_s_formula():
     delta = rng.normal(size=(4, 3, 9, 9)).astype("f")
     delta *= 1.2 / np.sqrt(np.square(delta).sum(axis=(1, 2, 3), keepdims=True))
     draws = square_windows.draw(jax.random.split(KEY, 4), 2, grid, positions=2)
-    some = square_windows.l2_windows(draws, sides, jnp.arange(2), grid, jnp.float32)
+    some = square_windows.bump_windows(draws, sides, jnp.arange(2), grid, jnp.float32, "l2")
     for t in (0, 1):
         window = jax.tree.map(lambda a, t=t: a[t], some)
         to, emptied, bump = (np.asarray(v) for v in square_windows.paint(*window))
@@ -183,28 +189,50 @@ def test_moving_mass_is_the_reference_s_formula():
         new *= np.sqrt((epsilon**2 - squared_total) / 3 + squared_windows)
         expected = np.where(to > 0, new, delta * (1 - emptied))
         expected *= epsilon / np.sqrt(np.square(expected).sum(axis=(1, 2, 3), keepdims=True))
-        got = move_mass(jnp.asarray(delta), window, jnp.full((4, 1, 1, 1), epsilon))
+        got = move_mass_l2(jnp.asarray(delta), window, jnp.full((4, 1, 1, 1), epsilon))
         np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_moving_mass_in_l1_is_the_reference_s_formula():
+    rng = np.random.default_rng(0)
+    grid, sides, epsilon = Grid(9, 9, 3), np.array([5]), 1.5
+    delta = rng.normal(size=(4, 3, 9, 9)).astype("f")
+    delta *= 1.2 / np.abs(delta).sum(axis=(1, 2, 3), keepdims=True)
+    draws = square_windows.draw(jax.random.split(KEY, 4), 1, grid, positions=2)
+    some = square_windows.bump_windows(draws, sides, jnp.arange(1), grid, jnp.float32, "l1")
+    window = jax.tree.map(lambda a: a[0], some)
+    to, emptied, bump = (np.asarray(v) for v in square_windows.paint(*window))
+    np.testing.assert_allclose(np.abs(bump).sum(axis=(2, 3)), 1, rtol=1e-5)
+
+    def norm(v):
+        return np.abs(v).sum(axis=(2, 3), keepdims=True)
+
+    new = bump + delta * to / norm(delta * to)
+    # Of the 1.5, 1.2 are spent: 0.3 are left, shared by three channels and multiplied by three.
+    new *= (0.3 / 3 + norm(delta * np.maximum(to, emptied))) * 3 / norm(new)
+    expected = np.where(to > 0, new, delta * (1 - emptied))
+    got = move_mass_l1(jnp.asarray(delta), window, jnp.full((4, 1, 1, 1), epsilon))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_a_bump_that_undoes_what_is_there_stays_in_the_ball():
     # With d = -a b in the window, b + d / ||d|| is 0: all that is left to scale up is rounding.
     grid, sides, n = Grid(8, 8, 1), np.array([3]), 64
     draws = square_windows.draw(jax.random.split(KEY, n), 1, grid, positions=2)
-    some = square_windows.l2_windows(draws, sides, jnp.arange(1), grid, jnp.float32)
+    some = square_windows.bump_windows(draws, sides, jnp.arange(1), grid, jnp.float32, "l2")
     window = jax.tree.map(lambda a: a[0], some)
     _, _, bump = square_windows.paint(*window)
     a = jnp.linspace(0.1, 1.4, n).reshape(n, 1, 1, 1)
-    got = move_mass(-a * bump, window, jnp.full((n, 1, 1, 1), 1.5))
+    got = move_mass_l2(-a * bump, window, jnp.full((n, 1, 1, 1), 1.5))
     assert (jnp.sqrt(jnp.square(got).sum(axis=(1, 2, 3))) <= 1.5 * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_results_are_in_the_ball_and_depend_neither_on_order_nor_on_the_batch(norm):
     logits_fn = Partial(_tiny, jax.random.normal(KEY, (8 * 7 * 3, 5)))
     x = jax.random.uniform(jax.random.key(1), (12, 8, 7, 3))
     y = logits_fn(x).argmax(axis=1)
-    epsilon = jnp.linspace(0.01, 0.1, 12) * (1 if norm == "linf" else 10)
+    epsilon = jnp.linspace(0.01, 0.1, 12) * {"linf": 1, "l2": 10, "l1": 15}[norm]
     ball = advmeta.ThreatModel(norm, epsilon)
 
     def attack(index):

@@ -96,7 +96,7 @@ def test_a_task_survives_what_jax_does_to_pytrees():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"norm": "l1"}, r"norm='l1' is unknown; the known norms are \['linf', 'l2'\]"),
+        ({"norm": "l0"}, r"norm='l0' is unknown; the known norms are \['linf', 'l2', 'l1'\]"),
         ({"epsilon": -0.1}, "epsilon=-0.1 must be finite and at least 0"),
         ({"optimizee": "vgg-16"}, "optimizee 'vgg-16' is unknown.*'mlp'.*'cnn'.*'resnet'"),
     ],

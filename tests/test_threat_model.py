@@ -8,7 +8,7 @@ import advmeta
 from advmeta.attacks.threat_model import example_keys
 
 KEY = jax.random.key(0)
-NORMS = ["linf", "l2"]
+NORMS = ["linf", "l2", "l1"]
 RNG = np.random.default_rng(0)
 X = RNG.uniform(size=(6, 3, 2, 1)).astype(np.float32)
 FAR = (X + RNG.normal(size=X.shape)).astype(np.float32)
@@ -56,10 +56,17 @@ def test_an_epsilon_an_example_is_a_loop_of_scalars(norm):
 
 
 def test_distance():
-    # |(3, -4)|: the largest is 4, the length 5.
+    # |(3, -4)|: the largest is 4, the length 5, the sum 7.
     x, moved = jnp.zeros((1, 2)), jnp.array([[3.0, -4.0]])
     assert advmeta.ThreatModel("linf").distance(x, moved).tolist() == [4.0]
     assert advmeta.ThreatModel("l2").distance(x, moved).tolist() == [5.0]
+    assert advmeta.ThreatModel("l1").distance(x, moved).tolist() == [7.0]
+
+
+def test_the_largest_distance_is_that_of_opposite_corners():
+    # From (-1, ..., -1) to (1, ..., 1) in 9 dimensions: 2, 2 sqrt(9) and 2 * 9.
+    for norm, expected in (("linf", 2.0), ("l2", 6.0), ("l1", 18.0)):
+        assert advmeta.ThreatModel(norm, bounds=(-1.0, 1.0)).widest(9) == expected
 
 
 def test_steepest_direction():
@@ -70,11 +77,16 @@ def test_steepest_direction():
     l2 = advmeta.ThreatModel("l2").steepest(gradient)
     np.testing.assert_array_equal(linf, [[1, -1, 0], [0, 0, 0]])
     np.testing.assert_allclose(l2, [[0.6, -0.8, 0], [0, 0, 0]], atol=1e-7)
+    # Of l1 norm 1, all of it goes to the largest entry (product 4) ...
+    l1 = advmeta.ThreatModel("l1").steepest
+    np.testing.assert_array_equal(l1(gradient), [[0, -1, 0], [0, 0, 0]])
+    # ... of up to 20 entries, and then to a twentieth of them.
+    np.testing.assert_array_equal(l1(jnp.arange(40.0)[None] - 18.5)[0, -3:], [0, 0.5, 0.5])
 
 
-@pytest.mark.parametrize(("norm", "mean"), [("linf", 2 / 3), ("l2", 2 / 3)])
+@pytest.mark.parametrize(("norm", "mean"), [("linf", 2 / 3), ("l2", 2 / 3), ("l1", 2 / 3)])
 def test_random_starts_are_uniform_in_the_ball(norm, mean):
-    # In 2 dimensions the norm of a uniform point has P(norm <= r) = (r / epsilon)^2 for both norms,
+    # In 2 dimensions the norm of a uniform point has P(norm <= r) = (r / epsilon)^2 for every norm,
     # so a mean of 2/3 epsilon and a variance of epsilon^2 / 18. 2,000 of them.
     x = jnp.full((2000, 2), 0.5) + jnp.arange(2000)[:, None] * 1e-6
     threat_model = advmeta.ThreatModel(norm, 0.25)
@@ -124,7 +136,7 @@ def test_epsilon_is_traced_and_norm_is_static():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"norm": "l1"}, r"norm='l1' is unknown; the known norms are \['linf', 'l2'\]"),
+        ({"norm": "l0"}, r"norm='l0' is unknown; the known norms are \['linf', 'l2', 'l1'\]"),
         ({"epsilon": -0.1}, "epsilon=-0.1 must be finite and at least 0"),
         ({"epsilon": float("nan")}, "epsilon=nan must be finite"),
         ({"epsilon": float("inf")}, "epsilon=inf must be finite"),

@@ -195,7 +195,11 @@ def _nearest_boundary(logits_fn, y, norm):
         gradients = jacobian - jacobian[y, rows]
         # The distance in a norm is |value| over the dual norm of the gradient.
         flat = gradients.reshape(classes, n, -1)
-        dual = jnp.abs(flat).sum(-1) if norm == "linf" else jnp.sqrt(jnp.square(flat).sum(-1))
+        dual = {
+            "linf": lambda v: jnp.abs(v).sum(-1),
+            "l2": lambda v: jnp.sqrt(jnp.square(v).sum(-1)),
+            "l1": lambda v: jnp.abs(v).max(-1),
+        }[norm](flat)
         distances = jnp.abs(values) / (dual.T + 1e-12)
         nearest = jnp.where(jnp.arange(classes) == y[:, None], jnp.inf, distances).argmin(axis=1)
         return values[rows, nearest], gradients[nearest, rows]

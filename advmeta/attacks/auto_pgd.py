@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from advmeta.attacks import sparse_auto_pgd
 from advmeta.attacks.batching import choose, wide
-from advmeta.attacks.runs import Evaluation, attack_in_runs, prepare
+from advmeta.attacks.runs import Evaluation, attack_in_runs, keep_best, prepare
 from advmeta.attacks.threat_model import ThreatModel, example_keys
 from advmeta.attacks.validation import AttackResult
 from advmeta.types import Array, Key, LogitsFn
@@ -47,6 +48,11 @@ def apgd(
     halved where at most ``rho`` of the steps since the last one raised the loss, or where neither
     the step nor the best loss changed between the last two.
 
+    In l1 there is no momentum, and the steps are sparse: s is the sign of the gradient's largest
+    entries, over their number, which falls as the best point gets sparser, and eta runs from
+    epsilon to epsilon / 10. The run goes through balls of radius 3, 2 and 1 epsilon, and only the
+    points of the last one count: `sparse_auto_pgd`.
+
     With ``target_ranks`` each rank is a run of its own towards the class that has that rank in the
     clean logits (APGD-T for ``loss="dlr"``); success is misclassification as anything. Examples
     that a run has broken are left out of the later ones, and runs end when no example is left.
@@ -67,7 +73,7 @@ def apgd(
       x_init: start here [n, ...] in the first restart instead of at random.
       eot_samples: for randomized models, average the gradient over so many draws of the model's
         key. As in the reference, the last draw alone decides about loss and success.
-      rho: the share of steps that must raise the loss.
+      rho: the share of steps that must raise the loss; of no use in l1.
 
     Returns:
       `AttackResult`. x_adv is the last misclassified iterate, as in the reference, or else the one
@@ -90,7 +96,9 @@ def apgd(
 
     Reference:
       Croce and Hein 2020, Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
-      Parameter-free Attacks, algorithm 1. arXiv:2003.01690
+      Parameter-free Attacks, algorithm 1. arXiv:2003.01690; for l1 Croce and Hein 2021, Mind the
+      Box: l1-APGD for Sparse Adversarial Attacks on Image Classifiers, algorithm 1.
+      arXiv:2103.01208
     """
     prepared = prepare(
         logits_fn, x, y, threat_model, key, loss=loss, target_ranks=target_ranks, x_init=x_init,
@@ -144,9 +152,16 @@ def _apgd(
     logits_fn: Partial, x, y, threat_model, key, target_ranks, x_init, rho,
     *, steps, restarts, targeted, loss, eot_samples,
 ) -> AttackResult:  # fmt: skip
-    climb = functools.partial(_climb, threat_model, x, checkpoints(steps), rho)
+    if threat_model.norm == "l1":
+        climb = functools.partial(
+            sparse_auto_pgd.climb, threat_model, x, sparse_auto_pgd.phases(steps)
+        )
+        start = functools.partial(_normal_start, x)
+    else:
+        climb = functools.partial(_climb, threat_model, x, checkpoints(steps), rho)
+        start = functools.partial(random_start, threat_model, x=x)
     return attack_in_runs(
-        climb, lambda keys: random_start(threat_model, keys, x),
+        climb, start,
         logits_fn, x, y, example_keys(key, x), target_ranks, x_init,
         restarts=restarts, targeted=targeted, loss=loss, eot_samples=eot_samples,
     )  # fmt: skip
@@ -160,6 +175,11 @@ def random_start(threat_model: ThreatModel, keys: Key, x: Array) -> Array:
     return jnp.clip(
         x + threat_model.radius(x) * noise / wide(norm + 1e-12, x), *threat_model.bounds
     )
+
+
+def _normal_start(x: Array, keys: Key) -> Array:
+    """The start of l1, which the run projects onto its first ball: that leaves few entries."""
+    return x + jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
 
 
 def _uniform(key: Key, shape: tuple[int, ...], dtype) -> Array:
@@ -201,19 +221,13 @@ def _climb(threat_model, x, schedule: Schedule, rho, evaluate, start) -> AttackR
 
 def _record(state: _State, at: Evaluation, is_start) -> _State:
     """Takes in what the model said about the point ``state.x``."""
-    is_best = at.loss > state.best_loss
-    best_loss = jnp.where(is_best, at.loss, state.best_loss)
+    state = keep_best(state, at)
     return state._replace(
-        best=choose(is_best, state.x, state.best),
-        best_loss=best_loss,
-        best_gradient=choose(is_best, at.gradient, state.best_gradient),
-        x_adv=choose(at.is_adversarial, state.x, state.x_adv),
-        is_adversarial=at.is_adversarial | state.is_adversarial,
         # A quirk of the reference: the first step is compared not with the start's loss but with
         # 0, a row of the table of losses that is not filled yet.
         last_loss=jnp.where(is_start, 0.0, at.loss),
         increases=state.increases + (~is_start & (at.loss > state.last_loss)),
-        checkpoint_loss=jnp.where(is_start, best_loss, state.checkpoint_loss),
+        checkpoint_loss=jnp.where(is_start, state.best_loss, state.checkpoint_loss),
     )
 
 

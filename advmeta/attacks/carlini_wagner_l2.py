@@ -94,7 +94,7 @@ def carlini_wagner(
     if threat_model.norm != "l2":
         raise ValueError(
             f"carlini_wagner minimises the l2 norm and the threat model has {threat_model.norm}: "
-            "write ThreatModel('l2', ...), or use fab, which has both"
+            "write ThreatModel('l2', ...), or use fab, which has all norms"
         )
     x, y = check_attack_inputs(logits_fn, x, y, threat_model)
     return _carlini_wagner(

@@ -37,7 +37,7 @@ def multi_targeted(
     each of these is a linear programme, so that one of them finds an adversarial example wherever
     there is one. Targets come in the order of the clean logits, strongest first; examples that are
     broken are left out of the later ones. The authors' code takes Adam steps; these are steepest
-    ascent, which is exact on linear models for either norm.
+    ascent, which is exact on linear models for linf and l2.
 
     It is always untargeted: to reach one given class use ``apgd(targeted=True)``.
 

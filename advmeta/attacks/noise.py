@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from advmeta.attacks import losses
@@ -78,8 +79,9 @@ def gaussian_noise(
 
     ``argmax_s L(f(P(x + g_s)), y),  g_s ~ N(0, sigma^2 I)``
 
-    where P projects onto the ball and the bounds and sigma is epsilon for linf, and for l2
-    ``epsilon / sqrt(d)`` with d values an example, which puts the norm at epsilon or a little off.
+    where P projects onto the ball and the bounds and sigma is epsilon for linf, for l2
+    ``epsilon / sqrt(d)`` with d values an example, and for l1 ``epsilon / (d sqrt(2 / pi))``, which
+    puts the norm at epsilon or a little off.
     Arguments, result and errors are those of `uniform_noise`.
 
     Example:
@@ -107,7 +109,9 @@ def _noise(
 ) -> AttackResult:
     keys = example_keys(key, x)
     sign = -1.0 if targeted else 1.0
-    sigma = threat_model.radius(x) / (1.0 if threat_model.norm == "linf" else x[0].size ** 0.5)
+    d = x[0].size
+    expected = {"linf": 1.0, "l2": d**0.5, "l1": d * (2 / np.pi) ** 0.5}[threat_model.norm]
+    sigma = threat_model.radius(x) / expected
 
     def draw(sample_keys):
         if not gaussian:

@@ -34,8 +34,9 @@ def pgd(
 
     ``x_{t+1} = Project_{ball(x)}( x_t + step_size * steepest( grad_x loss(f(x_t), y) ) )``
 
-    where ``steepest`` is the sign for linf and the unit vector for l2. "Best" is misclassified
-    before not, and then of the highest loss.
+    where ``steepest`` is the sign for linf, the unit vector for l2, and for l1 the signs of the
+    largest twentieth of the entries over their number (`ThreatModel.steepest`). "Best" is
+    misclassified before not, and then of the highest loss.
 
     Args:
       logits_fn: x [n, ...] -> logits [n, k]. Compiled once a function object;

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from advmeta.attacks.l1_ball import first_float
 from advmeta.types import Array
 
 
@@ -21,11 +22,14 @@ def shortest_move(
     g is concave and piecewise linear, Newton's method from 0 climbs to the root without
     overshooting and ends exactly on it, after a few passes over the coordinates and no sort.
 
+    For l1 a coordinate with a larger |w_i| is always the better one to move, so the largest go to
+    their bounds, and those with the |w_i| at which the hyperplane is reached go part of the way.
+
     Args:
       x: points [n, ...].
       w: normals of the hyperplanes [n, ...].
       gap: how much ``<w, x + d>`` must exceed ``<w, x>`` [n].
-      norm: "linf" or "l2".
+      norm: "linf", "l2" or "l1".
       bounds: of every coordinate.
 
     Returns:
@@ -45,11 +49,27 @@ def shortest_move(
     lower, upper = bounds
     room = jnp.where(direction > 0, upper - x, x - lower)
     room = jnp.where(weight > 0, jnp.maximum(room, 0.0), 0.0)
+    if norm == "l1":
+        return (_fill(jnp.abs(gap), weight, room) * direction).reshape(shape)
     speed = weight if norm == "l2" else jnp.where(weight > 0, 1.0, 0.0)
     length = _root(jnp.abs(gap), weight, room, speed)[:, None]
     # The mask is for 0 * inf, in a coordinate without weight of a plane that is out of reach.
     move = jnp.where(room > 0, jnp.minimum(length * speed, room), 0.0)
     return (move * direction).reshape(shape)
+
+
+def _fill(r: Array, weight: Array, room: Array) -> Array:
+    """The move [n, d] of coordinates, the heaviest first, with ``sum_i weight_i move_i = r``."""
+    full = weight * room
+
+    def heavier(than):
+        return jnp.where(weight > than[:, None], full, 0.0).sum(axis=1)
+
+    last = first_float(lambda than: heavier(than) > r, r.shape[0])
+    is_last = weight == last[:, None]
+    of_last = jnp.where(is_last, full, 0.0).sum(axis=1)
+    part = jnp.where(of_last > 0, (r - heavier(last)) / jnp.where(of_last > 0, of_last, 1.0), 0.0)
+    return jnp.where(weight > last[:, None], room, jnp.where(is_last, part[:, None] * room, 0.0))
 
 
 def _root(r: Array, weight: Array, room: Array, speed: Array) -> Array:

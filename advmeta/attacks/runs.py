@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from advmeta.attacks import losses
-from advmeta.attacks.batching import fold
+from advmeta.attacks.batching import choose, fold
 from advmeta.attacks.projected_gradient import better
 from advmeta.attacks.randomized import with_keys
 from advmeta.attacks.threat_model import ThreatModel
@@ -146,6 +146,24 @@ def keep_first(earlier: AttackResult, later: AttackResult) -> AttackResult:
         loss=jnp.where(earlier.is_adversarial, -jnp.inf, later.loss),
     )
     return better(ignored, earlier)
+
+
+def keep_best(state, at: Evaluation):
+    """Takes in what the model said about the point ``state.x`` of a path.
+
+    Args:
+      state: a NamedTuple with x, best, best_loss, best_gradient (the point of the highest loss),
+        x_adv (the last misclassified point) and is_adversarial (whether there is one).
+      at: the evaluation of x.
+    """
+    is_best = at.loss > state.best_loss
+    return state._replace(
+        best=choose(is_best, state.x, state.best),
+        best_loss=jnp.where(is_best, at.loss, state.best_loss),
+        best_gradient=choose(is_best, at.gradient, state.best_gradient),
+        x_adv=choose(at.is_adversarial, state.x, state.x_adv),
+        is_adversarial=at.is_adversarial | state.is_adversarial,
+    )
 
 
 def _plain(loss, sign, y, logits):

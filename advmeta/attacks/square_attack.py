@@ -13,15 +13,16 @@ from jax.tree_util import Partial
 from advmeta.attacks import losses, square_windows
 from advmeta.attacks.batching import choose, fold
 from advmeta.attacks.runs import check_counts, check_start
-from advmeta.attacks.square_windows import Grid, L2Windows
+from advmeta.attacks.square_moves import move_mass_l1, move_mass_l2
+from advmeta.attacks.square_windows import BumpWindows, Grid
 from advmeta.attacks.threat_model import ThreatModel, example_keys
 from advmeta.attacks.validation import AttackResult, as_partial, check_attack_inputs
 from advmeta.types import Array, Key, LogitsFn
 
 # How many proposals ahead of the next query are looked at for one that changes the image.
 LOOKAHEAD = 8
-# For so many iterations at a time the windows of l2 are worked out.
-L2_BLOCK = 50
+# For so many iterations at a time the windows of l2 and l1 are worked out.
+BLOCK = 50
 
 
 def square(
@@ -45,8 +46,9 @@ def square(
 
     For linf delta_t is +-2 epsilon, one sign a channel, in one window: every pixel is always at one
     end of what it may be. For l2 delta_t moves the perturbation of one window into another and adds
-    a bump of two halves, positive and negative, there. The window covers a share p_t of the image
-    that falls from ``p_init`` by a half at iterations 11, 51, 201, 501, 1001, 2001 and so on.
+    a bump of two halves, positive and negative, there; so it does for l1, with steeper bumps, and
+    projects onto the ball and the bounds. The window covers a share p_t of the image that
+    falls from ``p_init`` by a half at iterations 11, 51, 201, 501, 1001, 2001 and so on.
 
     No gradient is taken, so masked gradients do not stop it.
 
@@ -62,7 +64,7 @@ def square(
       restarts: runs from other random starts, for the examples not yet broken.
       targeted: search until the labels y are predicted.
       x_init: start here [n, ...] in the first restart instead of at random stripes (linf) or a
-        checkerboard of bumps (l2).
+        checkerboard of bumps (l2, l1).
       p_init: the first window's share of the image.
       rescale_schedule: stretch the schedule, made for 10,000 queries, to ``queries``. AutoAttack
         does not.
@@ -84,7 +86,8 @@ def square(
 
     Reference:
       Andriushchenko et al. 2020, Square Attack: a query-efficient black-box adversarial attack via
-      random search, algorithms 1 to 3. arXiv:1912.00049
+      random search, algorithms 1 to 3. arXiv:1912.00049; for l1 Croce and Hein 2021, Mind the Box:
+      l1-APGD for Sparse Adversarial Attacks on Image Classifiers, section 4. arXiv:2103.01208
     """
     check_counts(queries=queries, restarts=restarts)
     if not 0 < p_init <= 1:
@@ -121,7 +124,7 @@ def _square(
         # be y, and then this goes on.
         return _Found(sign * losses.margin(logits, y), (logits.argmax(axis=-1) == y) == targeted)
 
-    search = _search_linf if threat_model.norm == "linf" else _search_l2
+    search = _search_linf if threat_model.norm == "linf" else _search_bumps
     keys = example_keys(key, x)
 
     def run(carry):
@@ -209,90 +212,59 @@ def _search_linf(query, x, threat_model, keys, sides, grid: Grid, start, done):
     return state.found, render(state.signs, state.moved)
 
 
-class _L2State(NamedTuple):
+class _BumpState(NamedTuple):
     t: Array  # the next proposal, the same for all
     x: Array  # [n, c, h, w]
     found: _Found
 
 
-def _search_l2(query, x, threat_model, keys, sides, grid: Grid, start, done):
+def _search_bumps(query, x, threat_model, keys, sides, grid: Grid, start, done):
     start, use_start = start
     # Channels before pixels: what is summed is contiguous.
     x, start = jnp.moveaxis(x, 3, 1), jnp.moveaxis(start, 3, 1)
     radius = jnp.broadcast_to(threat_model.radius(x), (x.shape[0], 1, 1, 1))
     draws = square_windows.draw(keys, len(sides), grid, positions=2)
+    move = {"l2": move_mass_l2, "l1": move_mass_l1}[threat_model.norm]
 
     def ask(x):
         return query(jnp.moveaxis(x, 1, 3))
 
-    def turn(state: _L2State, window: L2Windows) -> _L2State:
-        x_new = jnp.clip(x + move_mass(state.x - x, window, radius), *threat_model.bounds)
+    def moved(delta):
+        if threat_model.norm == "l1":
+            return threat_model.project(x + delta, x)
+        return jnp.clip(x + delta, *threat_model.bounds)
+
+    def turn(state: _BumpState, window: BumpWindows) -> _BumpState:
+        x_new = moved(move(state.x - x, window, radius))
         new = ask(x_new)
         accept = new.is_adversarial | (new.loss > state.found.loss)
         accept = accept & ~state.found.is_adversarial
         found = choose(accept, new, state.found)
-        return _L2State(state.t + 1, choose(accept, x_new, state.x), found)
+        return _BumpState(state.t + 1, choose(accept, x_new, state.x), found)
 
-    def goes_on(state: _L2State, end):
+    def goes_on(state: _BumpState, end):
         return (state.t < end) & ~state.found.is_adversarial.all()
 
-    def block(state: _L2State) -> _L2State:
+    def block(state: _BumpState) -> _BumpState:
         first = state.t
-        some = square_windows.l2_windows(draws, sides, first + jnp.arange(L2_BLOCK), grid, x.dtype)
+        t = first + jnp.arange(BLOCK)
+        some = square_windows.bump_windows(draws, sides, t, grid, x.dtype, threat_model.norm)
         return jax.lax.while_loop(
-            lambda state: goes_on(state, jnp.minimum(first + L2_BLOCK, len(sides))),
+            lambda state: goes_on(state, jnp.minimum(first + BLOCK, len(sides))),
             lambda state: turn(state, jax.tree.map(lambda a: a[state.t - first], some)),
             state,
         )
 
-    first = square_windows.checkerboard(draws, grid, x.dtype)
-    norm = jnp.sqrt(jnp.square(first).sum(axis=(1, 2, 3), keepdims=True))
-    first = jnp.clip(x + first * (radius / (norm + 1e-12)), *threat_model.bounds)
-    first = jnp.where(use_start, start, first)
+    first = square_windows.checkerboard(draws, grid, x.dtype, threat_model.norm)
+    if threat_model.norm == "l2":
+        norm = jnp.sqrt(jnp.square(first).sum(axis=(1, 2, 3), keepdims=True))
+        first = first * (radius / (norm + 1e-12))
+    first = jnp.where(use_start, start, moved(first))
     found = ask(first)
     found = found._replace(is_adversarial=found.is_adversarial | done)
-    state = _L2State(jnp.zeros((), jnp.int32), first, found)
+    state = _BumpState(jnp.zeros((), jnp.int32), first, found)
     state = jax.lax.while_loop(lambda state: goes_on(state, len(sides)), block, state)
     return state.found, jnp.moveaxis(state.x, 1, 3)
-
-
-def move_mass(delta: Array, window: L2Windows, radius: Array) -> Array:
-    """Moves one window of the perturbation, and what is left of epsilon, into another window.
-
-    In the window ``to``, for each channel, with b the bump and d the old perturbation there,
-
-    ``new = u / ||u|| * sqrt( (epsilon^2 - ||delta||^2) / c + ||windows||^2 ),  u = b + d / ||d||``
-
-    the other window is emptied, and then all of delta is scaled to the norm epsilon. The norm of
-    both windows is over all channels, for each channel, as in the reference.
-
-    Args:
-      delta: the perturbation [n, c, h, w].
-      window: where from and where to, of one iteration; rows [n, h], columns [n, w], signs [n, c].
-      radius: epsilon [n, 1, 1, 1].
-    """
-    to, emptied, bump = square_windows.paint(*window)
-    both = jnp.maximum(to, emptied)
-    squared, channels = jnp.square(delta), delta.shape[1]
-    # Every norm follows from these sums: it is cheaper than to form what is normed.
-    old = _pixel_sum(squared * to)
-    in_windows = _pixel_sum(squared * both).sum(axis=1, keepdims=True)
-    total = _pixel_sum(squared).sum(axis=1, keepdims=True)
-
-    budget = jnp.maximum(jnp.square(radius) - total, 0.0) / channels + in_windows
-    old_scale = 1 / (1e-12 + jnp.sqrt(old))
-    # Formed, and its norm not expanded: where d undoes b little but rounding is left of it, and
-    # only the norm of that very rounding scales it to what is wanted.
-    new = bump + delta * (to * old_scale)
-    new_scale = jnp.sqrt(budget) / (1e-12 + jnp.sqrt(_pixel_sum(jnp.square(new))))
-    norm = jnp.sqrt(channels * budget + jnp.maximum(total - in_windows, 0.0))
-    new_scale, kept_scale = (v * radius / (norm + 1e-12) for v in (new_scale, 1.0))
-    # As in the reference, what both windows share belongs to ``to``.
-    return new_scale * new + delta * (kept_scale * (1 - both))
-
-
-def _pixel_sum(v: Array) -> Array:
-    return v.sum(axis=(2, 3), keepdims=True)
 
 
 def _pick(values: Array, index: Array) -> Array:

@@ -165,15 +165,19 @@ def unpack(bits: Array, grid: Grid) -> Array:
     return (words >> shift & 1) == 1
 
 
-# What follows is for l2.
+# What follows is for l2 and l1.
+
+# The order of the norm, and the power by which the rings of a bump get lower.
+_ORDER_AND_POWER = {"l2": (2, 2), "l1": (1, 4)}
 
 
 class Profiles(NamedTuple):
     """Bumps of several sizes as products of one-dimensional tables.
 
-    A bump is rings of height ``sum_{k >= d} 1/(k+1)^2`` at distance d (the larger of the distances
-    in rows and in columns) from the middle of each half, one half positive and one negative. That
-    sum falls with d, so its value at the larger distance is the smaller of two values.
+    A bump is rings of height ``sum_{k >= d} 1/(k+1)^p`` at distance d (the larger of the distances
+    in rows and in columns) from the middle of each half, one half positive and one negative; p is
+    2 for l2 and 4 for l1. That sum falls with d, so its value at the larger distance is the smaller
+    of two values.
     """
 
     split: np.ndarray  # [size, side]: along the axis that is cut in halves
@@ -181,15 +185,16 @@ class Profiles(NamedTuple):
     scale: np.ndarray  # [size, side]: sign and normalisation, along the axis that is cut
 
 
-def profiles(sizes: np.ndarray, is_row: bool) -> Profiles:
+def profiles(sizes: np.ndarray, is_row: bool, norm: str) -> Profiles:
     """The tables for windows of those sides, each bump of norm 1."""
-    tables = [_profile(int(s), 1 if is_row else int(s), int(max(sizes))) for s in sizes]
+    tables = [_profile(int(s), 1 if is_row else int(s), int(max(sizes)), norm) for s in sizes]
     return Profiles(*(np.stack(table).astype(np.float32) for table in zip(*tables, strict=True)))
 
 
-def _profile(split: int, cross: int, length: int):
+def _profile(split: int, cross: int, length: int, norm: str):
     half = split // 2
-    heights = 1.0 / np.arange(1, split + cross + 2) ** 2
+    order, power = _ORDER_AND_POWER[norm]
+    heights = 1.0 / np.arange(1.0, split + cross + 2) ** power
 
     def tail(distance, rings):
         return np.array([heights[d:rings].sum() for d in distance])
@@ -199,10 +204,10 @@ def _profile(split: int, cross: int, length: int):
     crossing = tail(across, max(half // 2, (split - half) // 2, cross // 2) + 1)
     for part, sign in ((half, 1.0), (split - half, -1.0)):
         along = tail(np.abs(np.arange(part) - part // 2), max(part // 2, cross // 2) + 1)
-        norm = np.sqrt(np.square(np.minimum.outer(along, crossing)).sum()) if part else 1.0
+        size = (np.minimum.outer(along, crossing) ** order).sum() if part else 1.0
         parts.append(along)
-        scales.append(np.full(part, sign / norm))
-    scale = np.concatenate(scales) / np.sqrt(2.0 if half else 1.0)
+        scales.append(np.full(part, sign / size ** (1 / order)))
+    scale = np.concatenate(scales) / (2.0 if half else 1.0) ** (1 / order)
     pad = (0, length - split)
     return (
         np.pad(np.concatenate(parts), pad),
@@ -220,7 +225,7 @@ class Lines(NamedTuple):
     scale: Array  # its sign and normalisation, 0 outside of ``to``; to be multiplied
 
 
-class L2Windows(NamedTuple):
+class BumpWindows(NamedTuple):
     """The proposals of some iterations, as rows, columns and signs."""
 
     rows: Lines  # [some, n, h]
@@ -228,7 +233,9 @@ class L2Windows(NamedTuple):
     signs: Array  # [some, n, c] of +-1
 
 
-def l2_windows(draws: Draws, sides: np.ndarray, t: Array, grid: Grid, dtype) -> L2Windows:
+def bump_windows(
+    draws: Draws, sides: np.ndarray, t: Array, grid: Grid, dtype, norm: str
+) -> BumpWindows:
     """The windows of the iterations t [some]; beyond the last iteration they mean nothing.
 
     Many at a time, to be read in an inner loop: XLA's CPU compiler would otherwise work out
@@ -237,7 +244,7 @@ def l2_windows(draws: Draws, sides: np.ndarray, t: Array, grid: Grid, dtype) -> 
     t = jnp.minimum(t, len(sides) - 1)
     sizes, size = np.unique(sides, return_inverse=True)
     tables = jax.tree.map(
-        lambda table: jnp.asarray(table, dtype), profiles(sizes, is_row=grid.h == 1)
+        lambda table: jnp.asarray(table, dtype), profiles(sizes, grid.h == 1, norm)
     )
 
     def one(t, positions, orientation, sign_words):
@@ -250,7 +257,7 @@ def l2_windows(draws: Draws, sides: np.ndarray, t: Array, grid: Grid, dtype) -> 
             _line(extent, to[axis], emptied[axis], side, table, transposed == (axis == 1))
             for axis, extent in enumerate((grid.h, grid.w))
         ]
-        return L2Windows(*lines, _signs(_channel_bits(sign_words, grid.c), dtype))
+        return BumpWindows(*lines, _signs(_channel_bits(sign_words, grid.c), dtype))
 
     # Iterations first, then examples.
     per_example = jax.vmap(one, in_axes=(None, 0, 0, 0))
@@ -294,13 +301,13 @@ def _tiles(grid: Grid) -> int:
     return max(grid.h // _tile(grid), 1) * (grid.w // _tile(grid))
 
 
-def checkerboard(draws: Draws, grid: Grid, dtype) -> Array:
+def checkerboard(draws: Draws, grid: Grid, dtype, norm: str) -> Array:
     """Five by five tiles with a bump each, [n, c, h, w]; not normalised.
 
     Orientation and signs are drawn for each tile.
     """
     tile = _tile(grid)
-    table = Profiles(*(t[0] for t in profiles(np.array([tile]), is_row=grid.h == 1)))
+    table = Profiles(*(t[0] for t in profiles(np.array([tile]), grid.h == 1, norm)))
 
     def axis(extent):
         """Position within the tile, number of the tile, and 1 where there is a tile at all."""

@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from advmeta.attacks import l1_ball
 from advmeta.types import Array, Key
 
-NORMS = ("linf", "l2")
+ORDERS = {"linf": np.inf, "l2": 2.0, "l1": 1.0}
+NORMS = tuple(ORDERS)
+# The share of coordinates that a steepest step in l1 moves.
+STEEPEST_SHARE = 0.05
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +27,7 @@ class ThreatModel:
     example. The norm and the bounds are static.
 
     Args:
-      norm: "linf" or "l2", over all axes of one example.
+      norm: "linf", "l2" or "l1", over all axes of one example.
       epsilon: radius in the units of x; a number or an array [n].
       bounds: the smallest and the largest value that an input may have.
 
@@ -35,7 +39,7 @@ class ThreatModel:
       ThreatModel(norm='linf', epsilon=0.03137254901960784, bounds=(0.0, 1.0))
     """
 
-    norm: Literal["linf", "l2"] = dataclasses.field(default="linf", metadata={"static": True})
+    norm: Literal["linf", "l2", "l1"] = dataclasses.field(default="linf", metadata={"static": True})
     epsilon: float | Array = 0.1
     bounds: tuple[float, float] = dataclasses.field(default=(0.0, 1.0), metadata={"static": True})
 
@@ -66,25 +70,44 @@ class ThreatModel:
     def distance(self, x: Array, x_adv: Array) -> Array:
         """The norm of x_adv - x for each example, [n]."""
         flat = jnp.abs(x_adv - x).reshape(x.shape[0], -1)
-        return flat.max(axis=1) if self.norm == "linf" else jnp.sqrt(jnp.square(flat).sum(axis=1))
+        if self.norm == "linf":
+            return flat.max(axis=1)
+        return flat.sum(axis=1) if self.norm == "l1" else jnp.sqrt(jnp.square(flat).sum(axis=1))
+
+    def widest(self, size: int) -> float:
+        """The largest distance within the bounds, of examples with that many values."""
+        lower, upper = self.bounds
+        return (upper - lower) * size ** (1 / ORDERS[self.norm])
 
     def project(self, x_adv: Array, x: Array) -> Array:
         """The point of the ball nearest to x_adv, then clipped to the bounds.
 
         Clipping moves every coordinate towards x, which is in bounds, so it cannot leave the ball.
+        In l1 it would give away much of it, so there this is the nearest point of ball and bounds
+        together (see `l1_ball.project`); what is clipped then is rounding.
         """
         radius = self.radius(x)
         if self.norm == "linf":
             delta = jnp.clip(x_adv - x, -radius, radius)
+        elif self.norm == "l1":
+            delta = l1_ball.project(x_adv - x, x, radius, self.bounds)
         else:
             delta = x_adv - x
             delta = delta * jnp.minimum(1.0, radius / jnp.maximum(_l2(delta), 1e-12))
         return jnp.clip(x + delta, *self.bounds)
 
     def steepest(self, gradient: Array) -> Array:
-        """The direction of unit norm along which a linear loss with this gradient grows fastest."""
+        """The direction of unit norm along which a linear loss with this gradient grows fastest.
+
+        For l1, the signs of the largest twentieth of the entries, at least one, over their number.
+        The fastest would be the largest entry alone. But one pixel is soon at its bound, and all
+        further steps would be lost on it: hence the sparse steps of Tramer and Boneh 2019,
+        Adversarial Training and Robustness for Multiple Perturbations. arXiv:1904.13000
+        """
         if self.norm == "linf":
             return jnp.sign(gradient)
+        if self.norm == "l1":
+            return l1_ball.sparse_sign(gradient, STEEPEST_SHARE)
         return gradient / jnp.maximum(_l2(gradient), 1e-12)
 
     def random_start(self, keys: Key, x: Array) -> Array:
@@ -92,8 +115,8 @@ class ThreatModel:
         if self.norm == "linf":
             noise = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], x.dtype, -1, 1))(keys)
         else:
-            dimension = x[0].size
-            noise = jax.vmap(lambda k: jax.random.ball(k, dimension, p=2, dtype=x.dtype))(keys)
+            dimension, order = x[0].size, ORDERS[self.norm]
+            noise = jax.vmap(lambda k: jax.random.ball(k, dimension, order, dtype=x.dtype))(keys)
             noise = noise.reshape(x.shape)
         return jnp.clip(x + self.radius(x) * noise, *self.bounds)
 

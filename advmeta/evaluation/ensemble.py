@@ -57,7 +57,8 @@ def autoattack(
 
     ``robust_accuracy = 1/n sum_i min_{attacks a} 1[ argmax f(a(x_i)) = y_i ]``
 
-    "standard" is APGD-CE, APGD-T, FAB-T and Square; "plus" has restarts and untargeted forms as
+    "standard" is APGD-CE, APGD-T, FAB-T and Square (in l1 with five restarts of APGD-CE and five
+    targets of APGD-T instead of one and nine); "plus" has restarts and untargeted forms as
     well; "rand", for models that draw random numbers, is APGD-CE and APGD-DLR with 20 draws a
     gradient. An adversarial example counts if the model, asked again, misclassifies it and it is in
     the threat model.
@@ -105,7 +106,8 @@ def autoattack(
 
     Reference:
       Croce and Hein 2020, Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
-      Parameter-free Attacks. arXiv:2003.01690
+      Parameter-free Attacks. arXiv:2003.01690; for l1 Croce and Hein 2021, Mind the Box: l1-APGD
+      for Sparse Adversarial Attacks on Image Classifiers, section 4. arXiv:2103.01208
     """
     model, classify, x, y, radii = check_evaluation(
         logits_fn, x, y, threat_model=threat_model, key=key, version=version,
@@ -113,7 +115,7 @@ def autoattack(
     )  # fmt: skip
     logits = _clean_logits(classify, x, batch_size)
     warn_of_probabilities(logits)
-    attacks, note = attack_list(version, logits.shape[1], attacks)
+    attacks, note = attack_list(version, logits.shape[1], attacks, norm=threat_model.norm)
     task = Task(model, classify, x, y, threat_model, attacks, _run_keys(key, attacks), batch_size)
     identity = books.fingerprint(x, y, logits, threat_model, radii, key, attacks)
     diary = Diary(None if state_path is None else Path(state_path), identity)
@@ -190,10 +192,7 @@ def _radii(threat_model: ThreatModel, epsilons, x: np.ndarray) -> list[np.ndarra
     given = [threat_model.epsilon] if epsilons is None else list(epsilons)
     if not given:
         raise ValueError("epsilons=[] asks for no evaluation; name at least one epsilon")
-    lower, upper = threat_model.bounds
-    widest = upper - lower
-    if threat_model.norm == "l2":
-        widest = widest * np.sqrt(x[0].size)
+    widest = threat_model.widest(x[0].size)
     radii = []
     for epsilon in given:
         radius = np.asarray(epsilon, np.float32)

@@ -11,11 +11,14 @@ Attacks = tuple[tuple[str, Attack], ...]
 
 VERSIONS = ("standard", "plus", "rand", "custom")
 TARGETS = 9  # classes that the targeted attacks try, the strongest first
-RESTARTS = 5  # in "plus"
+L1_TARGETS = 5  # of those, the ones that APGD-T tries in l1
+RESTARTS = 5  # in "plus", and of APGD-CE in l1
 EOT_SAMPLES = 20  # in "rand"
 
 
-def attack_list(version: str, classes: int, custom=None) -> tuple[Attacks, Note]:
+def attack_list(
+    version: str, classes: int, custom=None, *, norm: str = "linf"
+) -> tuple[Attacks, Note]:
     """The attacks of a version as a tuple of (name, attack), one entry a run.
 
     Runs are kept apart, so that what one of them breaks is left out of the next: an attack with
@@ -25,6 +28,8 @@ def attack_list(version: str, classes: int, custom=None) -> tuple[Attacks, Note]
       version: one of `VERSIONS`.
       classes: of the model; with less than ten there are fewer targets.
       custom: for "custom", names of known attacks or pairs (name, attack).
+      norm: of the threat model. In l1 "standard" has five restarts of APGD-CE and five targets of
+        APGD-T.
 
     Returns:
       The list, and a note where it falls short of the reference's for want of classes.
@@ -39,7 +44,8 @@ def attack_list(version: str, classes: int, custom=None) -> tuple[Attacks, Note]
       (['apgd-ce', 'apgd-t', 'fab-t', 'square'], 20)
 
     Reference:
-      Croce and Hein 2020, section 5. arXiv:2003.01690; fra31/auto-attack.
+      Croce and Hein 2020, section 5. arXiv:2003.01690; for l1 Croce and Hein 2021, section 4.
+      arXiv:2103.01208; fra31/auto-attack.
     """
     if version not in VERSIONS:
         raise ValueError(f"version={version!r} is unknown; the known ones are {list(VERSIONS)}")
@@ -51,8 +57,14 @@ def attack_list(version: str, classes: int, custom=None) -> tuple[Attacks, Note]
     if classes < 2:
         raise ValueError(f"the model has {classes} class: there is nothing to misclassify it as")
     known = known_attacks(classes)
+    restarts, targets = (RESTARTS, L1_TARGETS) if norm == "l1" else (1, TARGETS)
     attacks = {
-        "standard": known["apgd-ce"] + known["apgd-t"] + known["fab-t"] + known["square"],
+        "standard": (
+            known["apgd-ce"] * restarts
+            + known["apgd-t"][:targets]
+            + known["fab-t"]
+            + known["square"]
+        ),
         "plus": (
             known["apgd-ce"] * RESTARTS
             + known["apgd-dlr"] * RESTARTS

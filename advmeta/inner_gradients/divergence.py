@@ -114,7 +114,7 @@ def virtual_adversarial(task: Task, params: Params, x: Array, key: Key, iteratio
     ``H = grad_r^2 KL(x, x + r) at r = 0``
 
     For l2 ``steepest(d)`` is d, the paper's perturbation; for linf it is its sign, the longest move
-    in the ball along d. It is clipped to the bounds.
+    in the ball along d, and for l1 the signs of its largest entries. It is clipped to the bounds.
 
     Args:
       task: the model and the threat model.

@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 from advmeta.attacks import apgd, losses, square, uniform_noise
 from advmeta.attacks.projected_gradient import History, ascend
-from advmeta.attacks.threat_model import ThreatModel
+from advmeta.attacks.threat_model import ORDERS, ThreatModel
 from advmeta.attacks.validation import AttackResult
 from advmeta.evaluation.sanity.probes import logits_of
 from advmeta.types import Array, Key
@@ -78,9 +78,7 @@ def _ladder(
 ) -> History:
     """PGD from x itself at several epsilons, all at once: five times the examples, one program."""
     n = len(x)
-    width = threat_model.bounds[1] - threat_model.bounds[0]
-    if threat_model.norm == "l2":
-        width *= x[0].size ** 0.5
+    width = threat_model.widest(x[0].size)
     epsilon = np.broadcast_to(np.asarray(threat_model.epsilon, np.float32), n)
     radii = [np.minimum(factor * epsilon, width) for factor in FACTORS]
     radii = np.stack([*radii, np.full(n, width), epsilon]).astype(np.float32)
@@ -110,10 +108,16 @@ def misjudged_planes(
     lower, upper = threat_model.bounds
     plane_key, attack_key = jax.random.split(key)
     normal = np.asarray(jax.random.normal(plane_key, shape[1:]))
+    if threat_model.norm == "l1":
+        # A steepest step in l1 moves several coordinates. It is as good as the best one only where
+        # all weigh the same.
+        normal = np.sign(normal)
     epsilon = min(float(np.max(threat_model.epsilon)), 0.4 * (upper - lower))
     distance = epsilon * np.where(np.arange(n) % 2 == 0, 0.8, 1.2)
     grey = (lower + upper) / 2
-    away = np.sign(normal) if threat_model.norm == "linf" else normal / np.linalg.norm(normal)
+    # A move of length 1, from the plane, after which no shorter one leads back to it.
+    away = np.sign(normal) if threat_model.norm == "linf" else normal
+    away = away / np.linalg.norm(away.ravel(), ord=ORDERS[threat_model.norm])
     x = (grey + np.multiply.outer(distance, away)).astype(np.float32)
     ball = dataclasses.replace(threat_model, epsilon=epsilon)
     plane = Partial(_plane, normal / np.abs(normal).sum(), grey)

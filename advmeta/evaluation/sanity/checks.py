@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from advmeta.attacks.runs import check_counts
-from advmeta.attacks.threat_model import ThreatModel
+from advmeta.attacks.threat_model import ORDERS, ThreatModel
 from advmeta.attacks.validation import as_partial, check_attack_inputs
 from advmeta.evaluation.sanity import probes
 from advmeta.evaluation.sanity.attempts import Attempts, attempt_all, misjudged_planes
@@ -202,13 +202,11 @@ def _valid(attempts: Attempts, x: Array, threat_model: ThreatModel) -> Check:
     for result in results:
         x_adv = np.asarray(result.x_adv, np.float64)
         moved = (x_adv - np.asarray(x, np.float64)).reshape(len(x), -1)
-        order = np.inf if threat_model.norm == "linf" else 2
-        away = np.linalg.norm(moved, ord=order, axis=1) - epsilon
+        away = np.linalg.norm(moved, ord=ORDERS[threat_model.norm], axis=1) - epsilon
         excess += [away.max(), lower - x_adv.min(), x_adv.max() - upper]
     # What storing x + delta rounds off, beside the millionth of epsilon.
-    rounding = float(np.spacing(np.float32(max(abs(lower), abs(upper))))) * (
-        1 if threat_model.norm == "linf" else x[0].size ** 0.5
-    )
+    rounding = float(np.spacing(np.float32(max(abs(lower), abs(upper)))))
+    rounding *= x[0].size ** (1 / ORDERS[threat_model.norm])
     return _check(20, "valid_examples", np.max(excess), 1e-6 * epsilon.max() + rounding,
                   "how far the adversarial examples go beyond epsilon or the bounds")  # fmt: skip
 
