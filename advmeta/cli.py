@@ -191,7 +191,7 @@ def _make_table(
     folder: pathlib.Path,
     console: Console,
 ) -> None:
-    """Makes the transfer table, prints it, and writes it with the page; `evaluate` also checks it."""
+    """Makes, prints and writes the transfer table and the page; `evaluate` also checks it."""
     key, models = jax.random.key(command.seed), []
 
     def keep(entry: Entry, task: Task, params: PyTree) -> None:
