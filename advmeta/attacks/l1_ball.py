@@ -29,7 +29,8 @@ def project(delta: Array, x: Array, radius: Array, bounds: tuple[float, float]) 
 
     Example:
       >>> from advmeta.attacks import l1_ball
-      >>> l1_ball.project(jnp.array([[1.0, 0.5]]), jnp.array([[0.75, 0.0]]), 0.5, (0.0, 1.0))
+      >>> d = l1_ball.project(jnp.array([[1.0, 0.5]]), jnp.array([[0.75, 0.0]]), 0.5, (0.0, 1.0))
+      >>> d.round(4)
       Array([[0.25, 0.25]], dtype=float32)
 
     Reference:
