@@ -73,7 +73,8 @@ def one_of(
 ) -> optax.GradientTransformation:
     """The optimizer at an index [] that may be traced: all are computed and one is taken.
 
-    So a single program tunes them all; compiling takes longer than what it saves.
+    One program can then tune them all. Compiling one for each takes longer than the updates that
+    are computed in vain.
     """
 
     def init(params: Params) -> tuple:
