@@ -122,8 +122,10 @@ def test_the_first_cell_s_model_is_checked_with_the_table_s_attack(tmp_path, mon
 
 @pytest.mark.slow
 def test_meta_train_writes_what_it_says(tmp_path, capsys):
-    folder = tmp_path / "out"
-    cli.main(["meta-train", "--output", str(folder), *TINY])
+    folder, one_task = tmp_path / "out", tmp_path / "tasks.json"
+    one_task.write_text('{"training": {"tasks": [{"optimizee": "linear"}]}}')
+    command = ["meta-train", "--config", str(one_task), "--output", str(folder), *TINY]
+    cli.main(command)
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "card.json", "metrics.jsonl", "meta_optimizer.safetensors",
             "meta_optimizer.json", "report.html"} <= names  # fmt: skip
@@ -131,12 +133,12 @@ def test_meta_train_writes_what_it_says(tmp_path, capsys):
     assert records[-1]["outer_step"] == 2 and 0 <= records[-1]["robust_accuracy"] <= 1
     card = json.loads((folder / "meta_optimizer.json").read_text())
     assert card["training"]["meta_optimizer"]["hidden"] == [4] and card["seed"] == 0
-    assert card["command"].startswith("advmeta meta-train --output ")
+    assert card["command"].startswith("advmeta meta-train --config ")
     optimizer = advmeta.load_meta_optimizer(folder / "meta_optimizer.safetensors")
     assert callable(optimizer.update)
     # A folder with a run in it is never written over.
     before = (folder / "card.json").read_bytes()
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["meta-train", "--output", str(folder), *TINY])
+        cli.main(command)
     assert stopped.value.code == 2 and "already holds a run" in capsys.readouterr().err
     assert (folder / "card.json").read_bytes() == before

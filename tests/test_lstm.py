@@ -16,31 +16,30 @@ def normal(*shape):
     return RNG.normal(size=shape).astype(np.float32)
 
 
-def random_params(lstm, features, memory):
-    shapes = jax.eval_shape(lambda: lstm.init(jax.random.key(0), features, memory))
+def random_params(lstm, *args):
+    shapes = jax.eval_shape(lambda: lstm.init(jax.random.key(0), *args))
     return jax.tree.map(lambda x: normal(*x.shape), shapes)
 
 
 def test_equations_written_out():
-    # The equations of the docstring in numpy: two layers, two groups of features, one of which is
-    # the same for a whole row.
+    # The equations of the docstring in numpy: two layers, and features that a row shares.
     lstm = LSTM((3, 2), outputs=2)
     own, shared = normal(5, 4, 2), normal(5, 1, 3)
     memory = tuple(Memory(normal(5, 4, n), normal(5, 4, n)) for n in (3, 2))
-    variables = random_params(lstm, (own, shared), memory)
-    readout, updated = jax.jit(lstm.apply)(variables, (own, shared), memory)
+    variables = random_params(lstm, own, (shared,), memory)
+    readout, updated = jax.jit(lstm.apply)(variables, own, (shared,), memory)
 
     p = variables["params"]
-    x = [(own, p["input_0_0"]["kernel"]), (shared, p["input_0_1"]["kernel"])]
+    x, of_rows = own, shared @ p["shared_0"]["kernel"]
     for index, (h, c) in enumerate(memory):
-        recurrent = p[f"recurrent_{index}"]
-        gates = sum(v @ w for v, w in x) + h @ recurrent["kernel"] + recurrent["bias"]
+        dense = p[f"own_{index}"]
+        gates = np.concatenate([x, h], axis=-1) @ dense["kernel"] + of_rows + dense["bias"]
         i, f, g, o = np.split(gates, 4, axis=-1)
         c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)
         np.testing.assert_allclose(updated[index].h, h, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(updated[index].c, c, rtol=1e-4, atol=1e-6)
-        x = [(h, p["input_1_0"]["kernel"])]
+        x, of_rows = h, 0.0
     expected = h @ p["readout"]["kernel"] + p["readout"]["bias"]
     np.testing.assert_allclose(readout, expected, rtol=1e-4, atol=1e-5)
 
@@ -48,11 +47,11 @@ def test_equations_written_out():
 def test_coordinates_do_not_see_each_other():
     # One network for all coordinates: a permutation of them permutes what comes out.
     lstm = LSTM((3,), outputs=1)
-    features, memory = (normal(6, 2),), (Memory(normal(6, 3), normal(6, 3)),)
-    variables = random_params(lstm, features, memory)
+    own, memory = normal(6, 2), (Memory(normal(6, 3), normal(6, 3)),)
+    variables = random_params(lstm, own, (), memory)
     apply, order = jax.jit(lstm.apply), np.array([3, 0, 5, 1, 4, 2])
-    shuffled = apply(variables, *jax.tree.map(lambda a: a[order], (features, memory)))
-    straight = jax.tree.map(lambda a: a[order], apply(variables, features, memory))
+    shuffled = apply(variables, own[order], (), jax.tree.map(lambda a: a[order], memory))
+    straight = jax.tree.map(lambda a: a[order], apply(variables, own, (), memory))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), shuffled, straight)
 
 
@@ -60,12 +59,11 @@ def test_fresh_weights():
     # The readout starts small: variance 0.01 / fan-in, and zero biases everywhere. |h| < 1, so its
     # standard deviation is at most 0.1; five of them bound nearly every coordinate.
     lstm = LSTM((20, 20), outputs=3)
-    features = (jnp.ones((1, 5)),)
     memory = tuple(Memory(jnp.zeros((1, 20)), jnp.zeros((1, 20))) for _ in range(2))
-    variables = jax.jit(lstm.init)(jax.random.key(0), features, memory)["params"]
+    variables = jax.jit(lstm.init)(jax.random.key(0), jnp.ones((1, 5)), (), memory)["params"]
     kernel = np.asarray(variables["readout"]["kernel"])
     assert kernel.shape == (20, 3)
     # 60 normal numbers: the standard deviation of their standard deviation is 9 % of it.
     assert abs(kernel.std() / np.sqrt(0.01 / 20) - 1) < 0.4
-    biases = [variables[name]["bias"] for name in ("readout", "recurrent_0", "recurrent_1")]
+    biases = [variables[name]["bias"] for name in ("readout", "own_0", "own_1")]
     assert not any(np.any(bias) for bias in biases)

@@ -279,16 +279,16 @@ def test_an_unknown_data_set_is_refused_when_it_is_loaded():
 
 @pytest.mark.slow
 def test_meta_training_on_digits_makes_models_more_robust():
-    # Measured for this key: robust accuracy 0.38 before and 0.57 after, on a wider model than the
-    # one trained on, in draws of the data that selection did not use. So short a run is noisy: with
-    # keys 0, 1 and 3 the gains were 0.11, 0.04 and -0.04.
-    key = jax.random.key(2)
+    # The rule that it starts from takes steps too small for 80 of them. Measured on a wider model
+    # than the one trained on, in draws of the data that selection did not use: robust accuracy 0.30
+    # before and 0.49 after; with keys 1 and 2, 0.38 and 0.47, 0.39 and 0.48.
+    key = jax.random.key(0)
     task = TaskConfig(optimizee="mlp-10", train_examples=500, batch_size=64)
     config = MetaTrainingConfig(
         tasks=(task,), selection=(dataclasses.replace(task, optimizee="mlp-12"),),
-        meta_optimizer=MetaOptimizerConfig(hidden=(8,)), meta_loss=MetaLossConfig(attack_steps=3),
-        outer_steps=60, lanes=4, truncation=10, horizon=(20, 80), learning_rate=0.02, average=0.9,
-        evaluate_every=60,
+        meta_optimizer=MetaOptimizerConfig(hidden=(8,), learning_rate=0.003, shrinkage=0.01),
+        meta_loss=MetaLossConfig(attack_steps=3), outer_steps=60, lanes=4, truncation=10,
+        horizon=(20, 80), learning_rate=0.007, average=0.9, evaluate_every=60,
     )  # fmt: skip
     families = tuple(task.build() for task in config.selection)
     untrained = init_meta_params(config.meta_optimizer, key)

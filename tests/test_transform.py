@@ -426,8 +426,8 @@ def test_weights_that_do_not_fit_are_named():
     config = CONFIGS["all"]
     meta_params = random_meta_params(config)
     wider = MetaOptimizerConfig((2, 4), FEATURES)
-    with pytest.raises(ValueError, match=r"\['input_1_0'\]\['kernel'\] has shape \(2, 12\), but "
-                                         r"the config needs \(2, 16\)"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"\['own_1'\]\['bias'\] has shape \(12,\), but "
+                                         r"the config needs \(16,\)"):  # fmt: skip
         scale_by_meta_optimizer(meta_params, wider)
     del meta_params["readout"]["bias"]
     with pytest.raises(ValueError, match=r"\['readout'\]\['bias'\] has shape None"):

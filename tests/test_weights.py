@@ -67,7 +67,7 @@ def test_shapes_that_do_not_fit_the_config_are_named(saved):
     card = json.loads(path.with_suffix(".json").read_text())
     card["meta_optimizer"]["hidden"] = [3, 5]
     path.with_suffix(".json").write_text(json.dumps(card))
-    with pytest.raises(ValueError, match=r"input_1_0.*\(3, 16\).*needs \(3, 20\)"):
+    with pytest.raises(ValueError, match=r"own_1.*\(16,\).*needs \(20,\)"):
         weights.load_weights(path)
 
 

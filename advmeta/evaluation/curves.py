@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from advmeta.held_out import Accuracy, held_out_accuracy
+from advmeta.inner_gradients import InnerGradient
 from advmeta.tasks import Task
 from advmeta.types import Array, Key, PyTree
 from advmeta.unroll import init_inner, unroll
@@ -16,44 +17,59 @@ EPSILON_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 LEARNING_POINTS = 20
 
 
-def learning_curves(
-    make: Callable, point: PyTree, task: Task, keys: Key, *, steps: int, who: dict
-) -> list[dict]:
-    """Held-out accuracy at about 20 points of an episode, attacked by PGD-10; a record a key.
+def learning_steps(steps: int) -> list[int]:
+    """After which inner steps a training of so many is looked at; the last is its end."""
+    every = _every(steps)
+    return list(range(steps % every + every, steps + 1, every))
 
-    ``make(point, task)`` gives the optimizer and the inner gradient. Each record holds what is in
-    ``who``, seed, steps, clean_accuracy and robust_accuracy.
+
+def _every(steps: int) -> int:
+    return max(1, steps // LEARNING_POINTS)
+
+
+def train_and_keep(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    key: Key,
+    *,
+    steps: int,
+    inner_gradient: InnerGradient,
+) -> PyTree:
+    """As `train`: the parameters after each of `learning_steps`, stacked [points, ...]."""
+    init_key, episode_key = jax.random.split(key)
+    take_steps = functools.partial(unroll, task, optimizer, inner_gradient=inner_gradient)
+    every = _every(steps)
+    state = init_inner(task, optimizer, init_key, inner_gradient)
+    if steps % every:
+        state, _ = take_steps(state, episode_key, steps=steps % every)
+
+    def segment(state, _):
+        state, _ = take_steps(state, episode_key, steps=every)
+        return state, state.params
+
+    return jax.lax.scan(segment, state, length=steps // every)[1]
+
+
+def learning_curves(task: Task, path: PyTree, key: Key, *, steps: int, who: dict) -> list[dict]:
+    """Held-out accuracy along trainings, attacked by PGD-10; a record a training.
+
+    ``path`` holds models stacked [trainings, points, ...], from `train_and_keep`. Each record holds
+    what is in ``who``, seed, steps, clean_accuracy and robust_accuracy.
     """
-    every = max(1, steps // LEARNING_POINTS)
-    clean, robust = _learning_curves(make, every, steps // every, point, task, keys)
-    at = [every * (i + 1) for i in range(steps // every)]
+    clean, robust = _learning_curves(task, path, key)
     return [
-        {**who, "seed": seed, "steps": at, "clean_accuracy": c, "robust_accuracy": r}
+        {**who, "seed": seed, "steps": learning_steps(steps), "clean_accuracy": c,
+         "robust_accuracy": r}
         for seed, (c, r) in enumerate(zip(clean.tolist(), robust.tolist(), strict=True))
-    ]
+    ]  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _learning_curves(
-    make: Callable, every: int, points: int, point: PyTree, task: Task, keys: Key
-) -> Accuracy:
-    optimizer, inner_gradient = make(point, task)
+@jax.jit
+def _learning_curves(task: Task, path: PyTree, key: Key) -> Accuracy:
+    def at(params: PyTree) -> Accuracy:
+        return held_out_accuracy(task, params, key, attack_steps=10, restarts=1)
 
-    def run(key: Key) -> Accuracy:
-        init_key, episode_key = jax.random.split(key)
-
-        def segment(state, _):
-            state, _ = unroll(
-                task, optimizer, state, episode_key, steps=every, inner_gradient=inner_gradient
-            )
-            return state, held_out_accuracy(
-                task, state.params, episode_key, attack_steps=10, restarts=1
-            )
-
-        state = init_inner(task, optimizer, init_key, inner_gradient)
-        return jax.lax.scan(segment, state, length=points)[1]
-
-    return jax.vmap(run)(keys)
+    return jax.lax.map(jax.vmap(at), path)
 
 
 def epsilon_curves(

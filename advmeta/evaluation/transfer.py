@@ -21,7 +21,7 @@ from advmeta.evaluation.baselines import (
     choose,
     one_of,
 )
-from advmeta.evaluation.curves import epsilon_curves, learning_curves
+from advmeta.evaluation.curves import epsilon_curves, learning_curves, train_and_keep
 from advmeta.evaluation.stronger import with_autoattack
 from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.inner_gradients import RECIPES, InnerGradient, Recipe, clean
@@ -153,7 +153,8 @@ def transfer_table(
         compiled = compile_trainings(config, task, entries, keys)
         for entry in entries:
             report(f"{cell.setting}: {entry.optimizer}, {entry.inner_gradient} gradients")
-            params, seconds = timed(compiled[entry.make], task, entry.point, keys)
+            path, seconds = timed(compiled[entry.make], task, entry.point, keys)
+            params = jax.tree.map(lambda leaf: leaf[:, -1], path)
             keep(entry, task, params)
             accuracy = judge(config, task, params, attack_key)
             found = _records(config, cell, entry, accuracy, seconds)
@@ -162,7 +163,7 @@ def transfer_table(
                 found = with_autoattack(task, params, attack_key, found)
             records += found
             if index == 0:
-                _add_curves(config, task, entry, keys, params, curves)
+                _add_curves(config, task, entry, path, attack_key, curves)
     return records, curves
 
 
@@ -222,26 +223,31 @@ def score_grids(
         return held_out_accuracy(task, params, attack_key, attack_steps=20, restarts=1).robust
 
     keys = jax.random.split(key, config.tuning_seeds * baselines[0].repeats)
-    grids = jax.tree.map(lambda *axes: jnp.stack(axes), *[baseline.grid for baseline in baselines])
+    grids = [baseline.grid for baseline in baselines]
+    points = jax.tree.map(lambda *axes: jnp.concatenate(axes), *grids)
+    which = jnp.repeat(jnp.arange(len(names)), len(grids[0].noise))
+    # Seeds are the inner axis: what they draw is drawn once for all points.
     over_seeds = jax.vmap(run, in_axes=(None, None, 0))
-    over_points = jax.vmap(over_seeds, in_axes=(None, 0, None))
-    over_baselines = jax.vmap(over_points, in_axes=(0, 0, None))
-    scores = over_baselines(jnp.arange(len(names)), grids, keys).mean(axis=-1)
-    return dict(zip(names, scores, strict=True))
+    scores = jax.vmap(over_seeds, in_axes=(0, 0, None))(which, points, keys).mean(axis=-1)
+    return dict(zip(names, jnp.split(scores, len(names)), strict=True))
 
 
 def compile_trainings(
     config: TransferConfig, task: Task, entries: list[Entry], keys: Key
 ) -> dict[Make, Callable]:
-    """For each way to make an optimizer: (task, point, keys) -> one model a key, stacked."""
+    """For each way to make an optimizer: (task, point, keys) -> what `train_and_keep` gives.
+
+    Its leaves are [keys, points, ...].
+    """
 
     def compile_training(entry: Entry) -> Callable:
         def run(task: Task, point: Hyperparameters | None, keys: Key) -> PyTree:
             optimizer, inner_gradient = entry.make(point, task)
             train_one = functools.partial(
-                train, task, optimizer, steps=config.inner_steps, inner_gradient=inner_gradient
-            )
-            return jax.vmap(train_one)(keys)[0]
+                train_and_keep, task, optimizer,
+                steps=config.inner_steps, inner_gradient=inner_gradient,
+            )  # fmt: skip
+            return jax.vmap(train_one)(keys)
 
         return jax.jit(run).lower(task, entry.point, keys).compile()
 
@@ -295,12 +301,11 @@ def _records(
 
 
 def _add_curves(
-    config: TransferConfig, task: Task, entry: Entry, keys: Key, params: PyTree, curves: dict
+    config: TransferConfig, task: Task, entry: Entry, path: PyTree, key: Key, curves: dict
 ) -> None:
     who = {"optimizer": entry.optimizer, "inner_gradient": entry.inner_gradient}
-    curves["learning"] += learning_curves(
-        entry.make, entry.point, task, keys, steps=config.inner_steps, who=who
-    )
+    curves["learning"] += learning_curves(task, path, key, steps=config.inner_steps, who=who)
+    params = jax.tree.map(lambda leaf: leaf[:, -1], path)
     curves["epsilon"] += epsilon_curves(
-        task, params, keys[0], attack_steps=config.attack_steps, who=who
+        task, params, key, attack_steps=config.attack_steps, who=who
     )

@@ -19,9 +19,9 @@ class Memory(NamedTuple):
 class LSTM(nn.Module):
     """A stack of LSTM layers with a linear readout, over the last axis.
 
-    ``i, f, g, o = split(W x + U h + b)``
+    ``i, f, g, o = split(W [x; h] + V s + b)``
     ``c' = sigmoid(f + 1) c + sigmoid(i) tanh(g)``
-    ``h' = sigmoid(o) tanh(c')``,  and h' is the x of the next layer.
+    ``h' = sigmoid(o) tanh(c')``,  and h' is the x of the next layer, which has no s.
 
     Reference:
       Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000, whose bias starts
@@ -33,23 +33,30 @@ class LSTM(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: tuple[Array, ...], memory: tuple[Memory, ...]
+        self, own: Array, shared: tuple[Array, ...], memory: tuple[Memory, ...]
     ) -> tuple[Array, tuple[Memory, ...]]:
-        """features: arrays [..., f] that broadcast to the coordinates; returns [..., outputs]."""
-        x, updated = features, []
+        """One step of every coordinate.
+
+        Args:
+          own: x, the features of each coordinate, [..., f].
+          shared: s, features that whole rows or tensors share, as arrays that broadcast to the
+            coordinates: multiplied once, not once a coordinate.
+          memory: of each layer.
+
+        Returns:
+          The readout, [..., outputs], and the new memory.
+        """
+        x, updated = own, []
         for layer, (units, (h, c)) in enumerate(zip(self.hidden, memory, strict=True)):
-            # W x as a sum over groups of features: what is the same for a whole tensor or row is
-            # multiplied once, not once a coordinate.
-            gates = nn.Dense(4 * units, name=f"recurrent_{layer}")(h)
-            for group, value in enumerate(x):
-                name = f"input_{layer}_{group}"
-                gates += nn.Dense(4 * units, use_bias=False, name=name)(value)
+            gates = nn.Dense(4 * units, name=f"own_{layer}")(jnp.concatenate([x, h], axis=-1))
+            for group, value in enumerate(shared if layer == 0 else ()):
+                gates += nn.Dense(4 * units, use_bias=False, name=f"shared_{group}")(value)
             i, f, g, o = jnp.split(gates, 4, axis=-1)
             c = nn.sigmoid(f + 1.0) * c + nn.sigmoid(i) * jnp.tanh(g)
             h = nn.sigmoid(o) * jnp.tanh(c)
-            x = (h,)
+            x = h
             updated.append(Memory(h, c))
         # A small readout: before any meta-training the update is close to the nominal one.
         initializer = jax.nn.initializers.variance_scaling(0.01, "fan_in", "normal")
-        readout = nn.Dense(self.outputs, kernel_init=initializer, name="readout")(x[0])
+        readout = nn.Dense(self.outputs, kernel_init=initializer, name="readout")(x)
         return readout, tuple(updated)

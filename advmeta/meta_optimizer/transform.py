@@ -148,7 +148,7 @@ def scale_by_meta_optimizer(
         return new_updates, ScaleByMetaOptimizerState(count, mu, nu, memory)
 
     def update_tensor(tensor: _Coordinates, memory: tuple[Memory, ...]):
-        readout, memory = lstm.apply({"params": meta_params}, _see(config, tensor), memory)
+        readout, memory = lstm.apply({"params": meta_params}, *_see(config, tensor), memory)
         return _update_rule(config, readout, tensor), memory
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -160,7 +160,7 @@ def init_meta_params(config: MetaOptimizerConfig, key: Key) -> MetaParams:
     tensor = _Coordinates(w, w, w, w, features.layer_positions({"w": w})[0])
     memory = tuple(Memory(jnp.zeros((1, 1, n)), jnp.zeros((1, 1, n))) for n in config.hidden)
     lstm = LSTM(config.hidden, _outputs(config))
-    return lstm.init(key, _see(config, tensor), memory)["params"]
+    return lstm.init(key, *_see(config, tensor), memory)["params"]
 
 
 def check_meta_params(meta_params: MetaParams, config: MetaOptimizerConfig) -> None:
@@ -189,9 +189,9 @@ def _adam(config: MetaOptimizerConfig, state: ScaleByMetaOptimizerState, gradien
     return mu, nu, direction, jax.tree.map(jnp.multiply, gradient, scale)
 
 
-def _see(config: MetaOptimizerConfig, tensor: _Coordinates) -> tuple[Array, ...]:
-    """The chosen features: arrays [..., f] that broadcast to the tensor's coordinates."""
-    own, layer = [], ()
+def _see(config: MetaOptimizerConfig, tensor: _Coordinates) -> tuple[Array, tuple[Array, ...]]:
+    """The chosen features: each coordinate's own [..., f], and those that they share."""
+    own, shared = [tensor.gradient[..., None][..., :0]], ()  # none yet, sharded as the gradient
     if "log_sign" in config.features:
         own.append(features.log_sign(tensor.gradient))
     if "adam" in config.features:
@@ -199,8 +199,8 @@ def _see(config: MetaOptimizerConfig, tensor: _Coordinates) -> tuple[Array, ...]
     if "parameter" in config.features:
         own.append(features.parameter_features(tensor.parameter))
     if "layer" in config.features:
-        layer = features.layer_features(tensor.parameter, tensor.position)
-    return (*((jnp.concatenate(own, axis=-1),) if own else ()), *layer)
+        shared = features.layer_features(tensor.parameter, tensor.position)
+    return jnp.concatenate(own, axis=-1), shared
 
 
 def _outputs(config: MetaOptimizerConfig) -> int:
