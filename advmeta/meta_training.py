@@ -56,11 +56,11 @@ class MetaTrainingConfig:
     meta_optimizer: MetaOptimizerConfig = MetaOptimizerConfig()
     meta_loss: MetaLossConfig = MetaLossConfig()
     inner_gradient: str = "clean"
-    outer_steps: int = 300
+    outer_steps: int = 400
     lanes: int = 4
     truncation: int = 20
     horizon: tuple[int, int] = (60, 200)
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     clip: float = 1.0
     average: float = 0.98
     evaluate_every: int = 50
