@@ -1,5 +1,6 @@
 """The ordinary optimizers that the meta-optimizer is held against, each with its grid."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -30,13 +31,18 @@ class Baseline(NamedTuple):
     grid: Hyperparameters
     repeats: int = 1  # a small grid is judged on so many times the models
 
-    def make(
-        self, point: Hyperparameters, task: Task
-    ) -> tuple[optax.GradientTransformation, InnerGradient]:
-        """The optimizer and the inner gradient at a point of the grid."""
+    def inner_gradient(self, point: Hyperparameters, task: Task) -> InnerGradient:
+        """That of the recipe, at a point of the grid."""
         if self.recipe == "clean":
-            return self.optimizer(point), noisy(point.noise * task.threat_model.epsilon)
-        return self.optimizer(point), RECIPES[self.recipe].inner_gradient
+            return noisy(point.noise * task.threat_model.epsilon)
+        return RECIPES[self.recipe].inner_gradient
+
+
+class Choice(NamedTuple):
+    """One of some baselines, and a point of its grid; traced, so that one program serves all."""
+
+    which: Array  # [] int32
+    point: Hyperparameters
 
 
 class Row(NamedTuple):
@@ -71,22 +77,32 @@ def adamw(point: Hyperparameters) -> optax.GradientTransformation:
 def one_of(
     which: Array, optimizers: Sequence[optax.GradientTransformation]
 ) -> optax.GradientTransformation:
-    """The optimizer at an index [] that may be traced: all are computed and one is taken.
+    """The optimizer at an index [] that may be traced; only its own update is computed.
 
-    One program can then tune them all. Compiling one for each takes longer than the updates that
-    are computed in vain.
+    (Under `jax.vmap` over the index all are computed. Compiling a program for each takes longer.)
     """
 
     def init(params: Params) -> tuple:
         return tuple(optimizer.init(params) for optimizer in optimizers)
 
     def update(gradient: Params, states: tuple, params: Params | None = None):
-        pairs = zip(optimizers, states, strict=True)
-        updates, states = zip(*[o.update(gradient, s, params) for o, s in pairs], strict=True)
-        taken = jax.tree.map(lambda *leaves: jnp.stack(leaves)[which], *updates)
-        return taken, states
+        def update_with(index: int) -> tuple[Params, tuple]:
+            new, state = optimizers[index].update(gradient, states[index], params)
+            return new, (*states[:index], state, *states[index + 1 :])
+
+        branches = [functools.partial(update_with, index) for index in range(len(optimizers))]
+        return jax.lax.switch(which, branches)
 
     return optax.GradientTransformation(init, update)
+
+
+def make_one_of(
+    names: Sequence[str], choice: Choice, task: Task
+) -> tuple[optax.GradientTransformation, InnerGradient]:
+    """The optimizer that was chosen among baselines of one recipe, and the inner gradient."""
+    baselines = [BASELINES[name] for name in names]
+    optimizer = one_of(choice.which, [baseline.optimizer(choice.point) for baseline in baselines])
+    return optimizer, baselines[0].inner_gradient(choice.point, task)
 
 
 _ADAM_RATES, _SGD_RATES = (1e-3, 3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1, 3e-1)

@@ -17,9 +17,9 @@ from advmeta.evaluation.baselines import (
     BASELINES,
     QUICK_ROWS,
     ROWS,
-    Hyperparameters,
+    Choice,
     choose,
-    one_of,
+    make_one_of,
 )
 from advmeta.evaluation.curves import epsilon_curves, learning_curves, train_and_keep
 from advmeta.evaluation.stronger import with_autoattack
@@ -30,7 +30,7 @@ from advmeta.types import Array, Key, PyTree
 from advmeta.unroll import train
 
 Progress = Callable[[str], None]
-Make = Callable[[Hyperparameters | None, Task], tuple[optax.GradientTransformation, InnerGradient]]
+Make = Callable[[Choice | None, Task], tuple[optax.GradientTransformation, InnerGradient]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Entry(NamedTuple):
     optimizer: str
     inner_gradient: str
     make: Make  # entries with the same one are compiled once
-    point: Hyperparameters | None  # scalars; None: there is nothing to tune
+    choice: Choice | None  # scalars; None: there is nothing to tune
     recipe: Recipe  # for its cost
     tuning_runs: int
 
@@ -139,7 +139,7 @@ def transfer_table(
       training ("learning") and robust accuracy against epsilon ("epsilon").
     """
 
-    def ours(point: None, task: Task) -> tuple[optax.GradientTransformation, InnerGradient]:
+    def ours(choice: None, task: Task) -> tuple[optax.GradientTransformation, InnerGradient]:
         return meta_optimizer, clean
 
     records, curves = [], {"learning": [], "epsilon": []}
@@ -153,7 +153,7 @@ def transfer_table(
         compiled = compile_trainings(config, task, entries, keys)
         for entry in entries:
             report(f"{cell.setting}: {entry.optimizer}, {entry.inner_gradient} gradients")
-            path, seconds = timed(compiled[entry.make], task, entry.point, keys)
+            path, seconds = timed(compiled[entry.make], task, entry.choice, keys)
             params = jax.tree.map(lambda leaf: leaf[:, -1], path)
             keep(entry, task, params)
             accuracy = judge(config, task, params, attack_key)
@@ -183,23 +183,24 @@ def make_tasks(config: TransferConfig, cell: Cell) -> tuple[Task, Task]:
 def tune(config: TransferConfig, task: Task, key: Key) -> list[Entry]:
     """The best point of each row's grid, by robust accuracy on the held-out part of the task."""
     rows = [ROWS[name] for name in config.rows]
-    makes = {row.baseline: BASELINES[row.baseline].make for row in rows}
-    recipes = {BASELINES[name].recipe: [] for name in makes}
-    for name in makes:
-        recipes[BASELINES[name].recipe].append(name)
+    groups = {BASELINES[row.baseline].recipe: [] for row in rows}
+    for name in dict.fromkeys(row.baseline for row in rows):
+        groups[BASELINES[name].recipe].append(name)
     # XLA compiles a program on one core, so several at a time; nothing is timed here.
     with ThreadPoolExecutor() as pool:
-        groups = pool.map(lambda names: score_grids(config, tuple(names), task, key),
-                          recipes.values())  # fmt: skip
-        scores = {name: score for group in groups for name, score in group.items()}
+        found = pool.map(lambda names: score_grids(config, tuple(names), task, key),
+                         groups.values())  # fmt: skip
+        scores = {name: score for group in found for name, score in group.items()}
+    makes = {recipe: functools.partial(make_one_of, names) for recipe, names in groups.items()}
     entries = []
     for row in rows:
-        baseline, make = BASELINES[row.baseline], makes[row.baseline]
-        point = choose(baseline.grid, scores[row.baseline], row.belongs)
+        baseline = BASELINES[row.baseline]
+        which = jnp.int32(groups[baseline.recipe].index(row.baseline))
+        choice = Choice(which, choose(baseline.grid, scores[row.baseline], row.belongs))
         points = int(row.belongs(baseline.grid).sum())
         runs = points * config.tuning_seeds * baseline.repeats
-        recipe = RECIPES[baseline.recipe]
-        entries.append(Entry(row.optimizer, row.inner_gradient, make, point, recipe, runs))
+        make, recipe = makes[baseline.recipe], RECIPES[baseline.recipe]
+        entries.append(Entry(row.optimizer, row.inner_gradient, make, choice, recipe, runs))
     return entries
 
 
@@ -213,10 +214,9 @@ def score_grids(
     """
     baselines = [BASELINES[name] for name in names]
 
-    def run(which: Array, point: Hyperparameters, key: Key) -> Array:
+    def run(choice: Choice, key: Key) -> Array:
         train_key, attack_key = jax.random.split(key)
-        optimizer = one_of(which, [baseline.optimizer(point) for baseline in baselines])
-        _, inner_gradient = baselines[0].make(point, task)
+        optimizer, inner_gradient = make_one_of(names, choice, task)
         params, _ = train(
             task, optimizer, train_key, steps=config.inner_steps, inner_gradient=inner_gradient
         )
@@ -225,41 +225,41 @@ def score_grids(
     keys = jax.random.split(key, config.tuning_seeds * baselines[0].repeats)
     grids = [baseline.grid for baseline in baselines]
     points = jax.tree.map(lambda *axes: jnp.concatenate(axes), *grids)
-    which = jnp.repeat(jnp.arange(len(names)), len(grids[0].noise))
+    choices = Choice(jnp.repeat(jnp.arange(len(names)), len(grids[0].noise)), points)
     # Seeds are the inner axis: what they draw is drawn once for all points.
-    over_seeds = jax.vmap(run, in_axes=(None, None, 0))
-    scores = jax.vmap(over_seeds, in_axes=(0, 0, None))(which, points, keys).mean(axis=-1)
+    over_seeds = jax.vmap(run, in_axes=(None, 0))
+    scores = jax.vmap(over_seeds, in_axes=(0, None))(choices, keys).mean(axis=-1)
     return dict(zip(names, jnp.split(scores, len(names)), strict=True))
 
 
 def compile_trainings(
     config: TransferConfig, task: Task, entries: list[Entry], keys: Key
 ) -> dict[Make, Callable]:
-    """For each way to make an optimizer: (task, point, keys) -> what `train_and_keep` gives.
+    """For each way to make an optimizer: (task, choice, keys) -> what `train_and_keep` gives.
 
     Its leaves are [keys, points, ...].
     """
 
     def compile_training(entry: Entry) -> Callable:
-        def run(task: Task, point: Hyperparameters | None, keys: Key) -> PyTree:
-            optimizer, inner_gradient = entry.make(point, task)
+        def run(task: Task, choice: Choice | None, keys: Key) -> PyTree:
+            optimizer, inner_gradient = entry.make(choice, task)
             train_one = functools.partial(
                 train_and_keep, task, optimizer,
                 steps=config.inner_steps, inner_gradient=inner_gradient,
             )  # fmt: skip
             return jax.vmap(train_one)(keys)
 
-        return jax.jit(run).lower(task, entry.point, keys).compile()
+        return jax.jit(run).lower(task, entry.choice, keys).compile()
 
     distinct = {entry.make: entry for entry in entries}
     with ThreadPoolExecutor() as pool:
         return dict(zip(distinct, pool.map(compile_training, distinct.values()), strict=True))
 
 
-def timed(compiled: Callable, task: Task, point, keys: Key) -> tuple[PyTree, float]:
+def timed(compiled: Callable, task: Task, choice: Choice | None, keys: Key) -> tuple[PyTree, float]:
     """What a compiled training returns, and the seconds it took for each model."""
     start = time.perf_counter()
-    params = jax.block_until_ready(compiled(task, point, keys))
+    params = jax.block_until_ready(compiled(task, choice, keys))
     return params, (time.perf_counter() - start) / len(keys)
 
 
@@ -277,7 +277,7 @@ def _records(
 ) -> list[dict]:
     evaluations = config.inner_steps * entry.recipe.gradient_evaluations
     examples = config.inner_steps * config.batch_size * entry.recipe.adversarial_examples
-    point = entry.point._asdict() if entry.point else {}
+    point = entry.choice.point._asdict() if entry.choice else {}
     shared = {
         "dataset": cell.dataset,
         "architecture": cell.optimizee,
