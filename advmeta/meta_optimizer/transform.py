@@ -112,7 +112,7 @@ def scale_by_meta_optimizer(
       ...     optax.clip_by_global_norm(1.0), scale_by_meta_optimizer(meta_params, config))
       >>> params = {"w": jnp.ones((3, 2))}
       >>> state = optimizer.init(params)
-      >>> updates, state = optimizer.update({"w": jnp.ones((3, 2))}, state, params)
+      >>> updates, state = jax.jit(optimizer.update)({"w": jnp.ones((3, 2))}, state, params)
       >>> updates["w"].shape
       (3, 2)
 

@@ -39,8 +39,8 @@ def resnet(
 
     Example:
       >>> init, apply = advmeta.optimizees.resnet(channels=(4, 8))
-      >>> params = init(jax.random.key(0), (8, 8, 1))
-      >>> apply(params, jnp.zeros((2, 8, 8, 1))).shape
+      >>> params = jax.jit(init, static_argnums=1)(jax.random.key(0), (8, 8, 1))
+      >>> jax.jit(apply)(params, jnp.zeros((2, 8, 8, 1))).shape
       (2, 10)
     """
     channels = tuple(channels)

@@ -34,7 +34,8 @@ def load_meta_optimizer(name_or_path: str | os.PathLike) -> optax.GradientTransf
       >>> optimizer = advmeta.load_meta_optimizer("digits-linf")
       >>> params = {"kernel": jnp.ones((64, 10)), "bias": jnp.zeros(10)}
       >>> state = optimizer.init(params)
-      >>> updates, state = optimizer.update(params, state, params)  # params as a gradient
+      >>> step = jax.jit(optimizer.update)
+      >>> updates, state = step(params, state, params)  # params in the place of a gradient
       >>> params = optax.apply_updates(params, updates)
     """
     if str(name_or_path).endswith(".safetensors"):
