@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 
 from advmeta.attacks import losses
 from advmeta.attacks.auto_pgd import random_start
-from advmeta.attacks.batching import choose, fold, wide
+from advmeta.attacks.batching import choose, fold, to_reduce, wide
 from advmeta.attacks.minimum_norm import Found, hand_out, nothing_yet
 from advmeta.attacks.projections import shortest_move
 from advmeta.attacks.runs import prepare
@@ -150,10 +150,10 @@ def _walk(boundary, look, threat_model, x, start, nothing: Found, steps) -> Foun
         x_t, found = carry
         value, gradient = boundary(x_t)
         # Both points see the same plane, value + <gradient, z - x_t> = 0.
-        from_x = (gradient * (x_t - x)).sum(axis=tuple(range(1, x.ndim))) - value
+        rise = to_reduce(gradient * (x_t - x)).sum(axis=tuple(range(1, x.ndim)))
         moves = shortest_move(
             jnp.concatenate([x_t, x]), jnp.concatenate([gradient, gradient]),
-            jnp.concatenate([-value, from_x]), norm=norm, bounds=bounds,
+            jnp.concatenate([-value, rise - value]), norm=norm, bounds=bounds,
         )  # fmt: skip
         lengths = jnp.maximum(threat_model.distance(jnp.zeros_like(moves), moves), 1e-8)
         (move, move_x), (length, length_x) = jnp.split(moves, 2), jnp.split(lengths, 2)
@@ -196,9 +196,9 @@ def _nearest_boundary(logits_fn, y, norm):
         # The distance in a norm is |value| over the dual norm of the gradient.
         flat = gradients.reshape(classes, n, -1)
         dual = {
-            "linf": lambda v: jnp.abs(v).sum(-1),
-            "l2": lambda v: jnp.sqrt(jnp.square(v).sum(-1)),
-            "l1": lambda v: jnp.abs(v).max(-1),
+            "linf": lambda v: to_reduce(jnp.abs(v)).sum(-1),
+            "l2": lambda v: jnp.sqrt(to_reduce(jnp.square(v)).sum(-1)),
+            "l1": lambda v: to_reduce(jnp.abs(v)).max(-1),
         }[norm](flat)
         distances = jnp.abs(values) / (dual.T + 1e-12)
         nearest = jnp.where(jnp.arange(classes) == y[:, None], jnp.inf, distances).argmin(axis=1)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from advmeta.attacks.batching import to_reduce
 from advmeta.types import Array
 
 
@@ -46,7 +47,7 @@ def project(delta: Array, x: Array, radius: Array, bounds: tuple[float, float]) 
     def shrink(cut):
         return jnp.clip(size - cut.astype(x.dtype)[:, None], 0.0, room)
 
-    cut = first_float(lambda cut: shrink(cut).sum(axis=1) > radius, n)
+    cut = first_float(lambda cut: to_reduce(shrink(cut)).sum(axis=1) > radius, n)
     return (jnp.sign(flat) * shrink(cut)).reshape(delta.shape)
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from advmeta.attacks.batching import to_reduce
 from advmeta.attacks.l1_ball import first_float
 from advmeta.types import Array
 
@@ -42,7 +43,7 @@ def shortest_move(
     shape = x.shape
     x, w = x.reshape(shape[0], -1), w.reshape(shape[0], -1)
     # Of order 1, so that no square underflows where a saturated model has gradients of 1e-30.
-    largest = jnp.abs(w).max(axis=1)
+    largest = to_reduce(jnp.abs(w)).max(axis=1)
     scale = jnp.where(largest > 0, largest, 1.0)
     weight, gap = jnp.abs(w) / scale[:, None], gap / scale
     direction = jnp.where(gap >= 0, 1.0, -1.0)[:, None] * jnp.sign(w)

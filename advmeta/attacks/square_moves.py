@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from advmeta.attacks import square_windows
+from advmeta.attacks.batching import to_reduce
 from advmeta.attacks.square_windows import BumpWindows
 from advmeta.types import Array
 
@@ -65,4 +66,4 @@ def move_mass_l1(delta: Array, window: BumpWindows, radius: Array) -> Array:
 
 
 def _pixel_sum(v: Array) -> Array:
-    return v.sum(axis=(2, 3), keepdims=True)
+    return to_reduce(v).sum(axis=(2, 3), keepdims=True)

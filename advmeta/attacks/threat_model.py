@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from advmeta.attacks import l1_ball
+from advmeta.attacks.batching import to_reduce
 from advmeta.types import Array, Key
 
 ORDERS = {"linf": np.inf, "l2": 2.0, "l1": 1.0}
@@ -69,10 +70,11 @@ class ThreatModel:
 
     def distance(self, x: Array, x_adv: Array) -> Array:
         """The norm of x_adv - x for each example, [n]."""
-        flat = jnp.abs(x_adv - x).reshape(x.shape[0], -1)
-        if self.norm == "linf":
-            return flat.max(axis=1)
-        return flat.sum(axis=1) if self.norm == "l1" else jnp.sqrt(jnp.square(flat).sum(axis=1))
+        flat = (x_adv - x).reshape(x.shape[0], -1)
+        if self.norm == "l2":
+            return jnp.sqrt(to_reduce(jnp.square(flat)).sum(axis=1))
+        size = to_reduce(jnp.abs(flat))
+        return size.max(axis=1) if self.norm == "linf" else size.sum(axis=1)
 
     def widest(self, size: int) -> float:
         """The largest distance within the bounds, of examples with that many values."""
@@ -135,4 +137,4 @@ def example_keys(key: Key, x: Array) -> Key:
 
 def _l2(v: Array) -> Array:
     axes = tuple(range(1, v.ndim))
-    return jnp.sqrt(jnp.square(v).sum(axis=axes, keepdims=True))
+    return jnp.sqrt(to_reduce(jnp.square(v)).sum(axis=axes, keepdims=True))
