@@ -18,8 +18,8 @@ from advmeta.meta_optimizer.transform import init_meta_params as init_meta_param
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer as scale_by_meta_optimizer
 from advmeta.meta_optimizer.weights import load_weights as load_weights
 from advmeta.meta_optimizer.weights import save_weights as save_weights
-from advmeta.meta_training import MetaTrainingConfig as MetaTrainingConfig
 from advmeta.meta_training import meta_train as meta_train
+from advmeta.meta_training_config import MetaTrainingConfig as MetaTrainingConfig
 from advmeta.parameter_files import load_params as load_params
 from advmeta.parameter_files import save_params as save_params
 from advmeta.tasks import Task as Task

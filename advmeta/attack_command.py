@@ -16,14 +16,14 @@ from advmeta.evaluation.accounting import contributions
 from advmeta.evaluation.ensemble import AutoAttackResult, autoattack, check_evaluation
 from advmeta.named_models import import_model, saved_model
 from advmeta.report import attack_results
-from advmeta.run_folder import Shared, open_folder, reopen_folder, replace_file
+from advmeta.run_folder import Resumable, open_folder, replace_file
 from advmeta.types import Batch, LogitsFn
 
 _RESULTS = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Attack(Shared):
+class Attack(Resumable):
     """Evaluate a model with AutoAttack, on the test part of a data set.
 
     Example: advmeta attack --model my_models:logits --data cifar10 --epsilon 0.03137
@@ -40,7 +40,6 @@ class Attack(Shared):
       version: of AutoAttack; "rand" is for models that draw random numbers.
       examples: how many test images, the first ones; all by default.
       batch_size: images attacked at once; results do not depend on it.
-      resume: take up the run in the output folder where it was interrupted, if there is one.
     """
 
     model: str | None = None
@@ -53,7 +52,6 @@ class Attack(Shared):
     version: Literal["standard", "plus", "rand"] = "standard"
     examples: int | None = None
     batch_size: int = 256
-    resume: bool = False
 
 
 class Target(NamedTuple):
@@ -78,25 +76,25 @@ def attack(command: Attack, line: str, console: Console) -> pathlib.Path:
         epsilons=command.epsilons or None,
     )  # fmt: skip
     check_evaluation(*ask.args, **ask.keywords)  # before a folder is made for nothing
-    folder, resumed = _folder(command)
-    if resumed and (folder / _RESULTS).exists():  # the seconds to keep are those of the work
-        console.print(attack_results.attack_table(json.loads((folder / _RESULTS).read_text())))
+    with open_folder("attack", command) as (folder, resumed):
+        if resumed and (folder / _RESULTS).exists():  # the seconds to keep are those of the work
+            console.print(attack_results.attack_table(json.loads((folder / _RESULTS).read_text())))
+            return folder
+        result = ask(state_path=folder / "state.npz", progress=True)
+        results = summarise(command, target, result)
+        results = {"command": line, **results, **environment.describe(), "resumed": resumed}
+        entries = ledger_lines(command, target, result)
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        replace_file(folder / "ledger.jsonl", lines.encode())
+        if len(command.epsilons) > 1:
+            replace_file(folder / "curve.png", attack_results.curve(results))
+        if grid := _images(command, target, result, entries):
+            replace_file(folder / "images.png", grid)
+        replace_file(folder / _RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+        console.print(attack_results.attack_table(results))
+        if result.note:
+            console.print(result.note, markup=False)
         return folder
-    result = ask(state_path=folder / "state.npz", progress=True)
-    results = summarise(command, target, result)
-    results = {"command": line, **results, **environment.describe(), "resumed": resumed}
-    entries = ledger_lines(command, target, result)
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-    replace_file(folder / "ledger.jsonl", lines.encode())
-    if len(command.epsilons) > 1:
-        replace_file(folder / "curve.png", attack_results.curve(results))
-    if grid := _images(command, target, result, entries):
-        replace_file(folder / "images.png", grid)
-    replace_file(folder / _RESULTS, (json.dumps(results, indent=1) + "\n").encode())
-    console.print(attack_results.attack_table(results))
-    if result.note:
-        console.print(result.note, markup=False)
-    return folder
 
 
 def open_target(command: Attack) -> Target:
@@ -129,15 +127,6 @@ def open_target(command: Attack) -> Target:
         classes = dataset.num_classes
         model = saved_model(command.params, command.optimizee, x.shape[1:], classes)
     return Target(model, Batch(x[: command.examples], y[: command.examples]), threat_model)
-
-
-def _folder(command: Attack) -> tuple[pathlib.Path, bool]:
-    """The folder to write, and whether a run in it goes on."""
-    if command.resume and command.output is None:
-        raise ValueError("--resume needs the --output folder of the run to take up")
-    if command.resume and (command.output / "config.json").exists():
-        return reopen_folder(command), True
-    return open_folder("attack", dataclasses.replace(command, resume=False)), False
 
 
 def summarise(command: Attack, target: Target, result: AutoAttackResult) -> dict:

@@ -9,7 +9,6 @@ import os
 import pathlib
 import shlex
 import sys
-import time
 from typing import Annotated
 
 import jax
@@ -18,43 +17,30 @@ import tyro
 from jax.tree_util import Partial
 from rich.console import Console
 
-from advmeta import config_files, environment, report
+from advmeta import config_files, report
 from advmeta.attack_command import Attack, attack
 from advmeta.evaluation.baselines import ROWS
 from advmeta.evaluation.sanity import Check, sanity_checks
 from advmeta.evaluation.transfer import Entry, TransferConfig, transfer_table
 from advmeta.meta_optimizer.pretrained import load_meta_optimizer
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
-from advmeta.meta_optimizer.weights import save_weights
-from advmeta.meta_training import MetaTrainingConfig, meta_train
-from advmeta.progress import MetaTrainingProgress, TableProgress
-from advmeta.run_folder import Shared, open_folder
+from advmeta.progress import TableProgress
+from advmeta.run_folder import Shared, open_folder, replace_file
 from advmeta.tasks import Task
-from advmeta.types import MetaParams, PyTree
+from advmeta.training_command import MetaTrain, Training, train_and_save
+from advmeta.types import PyTree
 
-_WEIGHTS = "meta_optimizer.safetensors"
 _ACCELERATOR_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "libtpu")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run(Shared):
+class Run(Training):
     """Meta-train an optimizer, hold it against tuned baselines, and write a report.
 
     Example: advmeta run --output runs/first --training.outer-steps 300
     """
 
-    training: MetaTrainingConfig = MetaTrainingConfig()
     table: TransferConfig = TransferConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class MetaTrain(Shared):
-    """Meta-train an optimizer and write its weights.
-
-    Example: advmeta meta-train --output runs/mine --training.learning-rate 2e-3
-    """
-
-    training: MetaTrainingConfig = MetaTrainingConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,62 +113,28 @@ def _default(kind: type, name: str, argv: list[str]):
 
 
 def _run(command: Run, line: str, console: Console) -> pathlib.Path:
-    folder = open_folder("run", command)
-    meta_params = _train_and_save(command, line, folder, console)
-    optimizer = scale_by_meta_optimizer(meta_params, command.training.meta_optimizer)
-    _make_table(command, optimizer, folder, console)
+    with open_folder("run", command) as (folder, _):
+        meta_params = train_and_save(command, line, folder, console)
+        optimizer = scale_by_meta_optimizer(meta_params, command.training.meta_optimizer)
+        _make_table(command, optimizer, folder, console)
     return folder
 
 
 def _meta_train(command: MetaTrain, line: str, console: Console) -> pathlib.Path:
-    folder = open_folder("meta-train", command)
-    _train_and_save(command, line, folder, console)
-    report.write(folder)
+    with open_folder("meta-train", command) as (folder, _):
+        train_and_save(command, line, folder, console)
+        report.write(folder)
     return folder
 
 
 def _evaluate(command: Evaluate, line: str, console: Console) -> pathlib.Path:
     optimizer = load_meta_optimizer(command.weights)  # before a folder is made for nothing
-    folder = open_folder("evaluate", command)
-    _make_table(command, optimizer, folder, console)
+    with open_folder("evaluate", command) as (folder, _):
+        _make_table(command, optimizer, folder, console)
     return folder
 
 
 _DO = {Run: _run, MetaTrain: _meta_train, Evaluate: _evaluate, Attack: attack}
-
-
-def _train_and_save(
-    command: Run | MetaTrain, line: str, folder: pathlib.Path, console: Console
-) -> MetaParams:
-    """Meta-trains, logging each record, and writes the weights with their card.
-
-    ``line`` is what was typed.
-    """
-    config, start = command.training, time.perf_counter()
-    made_with = environment.describe()
-    with (folder / "metrics.jsonl").open("w") as log, MetaTrainingProgress(config, console) as bar:
-
-        def on_record(record: dict) -> None:
-            record = {**record, "seconds": round(time.perf_counter() - start, 3)}
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            bar.update(record)
-
-        key = jax.random.key(command.seed)
-        meta_params, history = meta_train(config, key=key, report=on_record)
-    best = max((r for r in history if "robust_accuracy" in r), key=lambda r: r["robust_accuracy"])
-    card = {
-        "name": folder.name,
-        "command": line,
-        "seed": command.seed,
-        "seconds": round(time.perf_counter() - start, 1),
-        **made_with,
-        "training": json.loads(config_files.to_json(config)),
-        "selected_at": best,
-    }
-    save_weights(folder / _WEIGHTS, meta_params, config.meta_optimizer, **card)
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    return meta_params
 
 
 def _make_table(
@@ -202,13 +154,13 @@ def _make_table(
         records, curves = transfer_table(
             command.table, optimizer, key=key, report=bar.update, keep=keep
         )
-    (folder / "results.json").write_text(json.dumps(records, indent=1) + "\n")
-    (folder / "curves.json").write_text(json.dumps(curves) + "\n")
+    replace_file(folder / "results.json", (json.dumps(records, indent=1) + "\n").encode())
+    replace_file(folder / "curves.json", (json.dumps(curves) + "\n").encode())
     console.print(report.table(records))
     if isinstance(command, Evaluate):
         with console.status("sanity checks"):
             checks = [check._asdict() for check in _check(command.table, *models[0], key)]
-        (folder / "sanity.json").write_text(json.dumps(checks, indent=1) + "\n")
+        replace_file(folder / "sanity.json", (json.dumps(checks, indent=1) + "\n").encode())
         console.print(report.checks(checks))
     report.write(folder)
 

@@ -1,9 +1,8 @@
-"""The outer loop: d meta-loss / d meta_params by truncated backpropagation through episodes."""
+"""The outer loop: outer steps, and now and then a look at how well the meta-optimizer does."""
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -11,108 +10,22 @@ import jax.numpy as jnp
 import optax
 
 from advmeta import inner_gradients
-from advmeta.held_out import Accuracy, held_out_accuracy, held_out_loss
-from advmeta.meta_loss import MetaLossConfig, meta_loss
-from advmeta.meta_optimizer.transform import (
-    MetaOptimizerConfig,
-    init_meta_params,
-    scale_by_meta_optimizer,
-)
-from advmeta.tasks import TaskConfig, TaskFamily
+from advmeta.held_out import Accuracy, held_out_accuracy
+from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
+from advmeta.meta_training_config import MetaTrainingConfig
+from advmeta.outer_step import OuterInfo, OuterState, init_outer, outer_steps
+from advmeta.tasks import TaskFamily
 from advmeta.types import Array, Key, MetaParams
-from advmeta.unroll import InnerState, init_inner, train, unroll, with_replay
+from advmeta.unroll import train, with_replay
 
 
-@dataclasses.dataclass(frozen=True)
-class MetaTrainingConfig:
-    """Everything that decides the meta-parameters, but for the key.
+class TrainingState(NamedTuple):
+    """Where a meta-training stands."""
 
-    Args:
-      tasks: what is trained on; every outer step takes all of them.
-      selection: what the best meta-parameters are chosen on.
-      meta_optimizer: what the LSTM sees and how large it is.
-      meta_loss: what is minimised.
-      inner_gradient: a name that `advmeta.inner_gradients.by_name` knows.
-      outer_steps: updates of the meta-parameters.
-      lanes: episodes of each task that run side by side.
-      truncation: inner steps that one outer step backpropagates through.
-      horizon: shortest and longest episode, in inner steps; each is drawn from the multiples of
-        the truncation between them.
-      learning_rate: of the outer Adam, at its start; it follows a cosine to zero.
-      clip: global norm that meta-gradients are clipped to.
-      average: decay of the moving average of the meta-parameters, which is what is evaluated.
-      evaluate_every: outer steps between evaluations.
-    """
-
-    tasks: tuple[TaskConfig, ...] = (
-        TaskConfig(optimizee="linear"),
-        TaskConfig(optimizee="mlp-10"),
-        TaskConfig(optimizee="mlp-20"),
-    )
-    selection: tuple[TaskConfig, ...] = (
-        TaskConfig(optimizee="mlp-24", train_examples=800),
-        TaskConfig(optimizee="mlp-24-16", train_examples=800),
-    )
-    meta_optimizer: MetaOptimizerConfig = MetaOptimizerConfig()
-    meta_loss: MetaLossConfig = MetaLossConfig()
-    inner_gradient: str = "clean"
-    outer_steps: int = 400
-    lanes: int = 4
-    truncation: int = 20
-    horizon: tuple[int, int] = (60, 200)
-    learning_rate: float = 3e-3
-    clip: float = 1.0
-    average: float = 0.98
-    evaluate_every: int = 50
-
-    def __post_init__(self):
-        inner_gradients.by_name(self.inner_gradient)
-        for name in ("outer_steps", "lanes", "truncation", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        shortest, longest = self.horizon
-        if shortest % self.truncation or longest % self.truncation:
-            raise ValueError(
-                f"truncation={self.truncation} must divide both ends of horizon={self.horizon}; "
-                f"write horizon=({self.truncation}, {self.truncation * 10}), say"
-            )
-        if not 0 < shortest <= longest:
-            raise ValueError(f"horizon={self.horizon} must be (shortest, longest), both positive")
-        if not self.tasks or not self.selection:
-            raise ValueError("tasks and selection must each hold at least one TaskConfig")
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average={self.average} must be at least 0 and below 1")
-
-
-class Lane(NamedTuple):
-    """An episode in progress."""
-
-    inner: InnerState
-    key: Key  # of the episode: its task, its fresh parameters, its batches
-    horizon: Array  # [] int32: inner steps until the next episode starts
-
-
-class OuterState(NamedTuple):
-    """What the next outer step needs."""
-
-    meta_params: MetaParams
-    average: MetaParams
-    outer_opt_state: optax.OptState
-    lanes: tuple[Lane, ...]  # one a task family; every leaf has a leading axis [lanes]
-    key: Key
-    step: Array  # [] int32
-
-
-class OuterInfo(NamedTuple):
-    """What a person needs of an outer step."""
-
-    meta_loss: Array
-    gradient_norm: Array  # before clipping
-    finite: Array  # bool: the step was taken; else it was skipped
-    lost_episodes: Array  # int32: episodes restarted because their parameters were not finite
-
-
-Report = Callable[[dict], None]
+    outer: OuterState
+    best: MetaParams  # the averages that did best on the selection tasks so far
+    best_robust: Array  # [] what they did; -1 before the first evaluation
+    history: tuple[dict, ...]  # see `meta_train`
 
 
 def meta_train(
@@ -122,7 +35,7 @@ def meta_train(
     families: tuple[TaskFamily, ...] | None = None,
     selection: tuple[TaskFamily, ...] | None = None,
     outer_optimizer: optax.GradientTransformation | None = None,
-    report: Report = lambda record: None,
+    report: Callable[[dict], None] = lambda record: None,
 ) -> tuple[MetaParams, list[dict]]:
     """Meta-trains a meta-optimizer.
 
@@ -152,6 +65,36 @@ def meta_train(
     Reference:
       Andrychowicz et al. 2016, section 2.1 (arXiv:1606.04474), after Serban et al. 2020.
     """
+    states = training_states(
+        config, key=key, families=families, selection=selection, outer_optimizer=outer_optimizer
+    )
+    state = next(states)
+    for state in states:
+        report(state.history[-1])
+    return state.best, list(state.history)
+
+
+def training_states(
+    config: MetaTrainingConfig,
+    *,
+    key: Key,
+    families: tuple[TaskFamily, ...] | None = None,
+    selection: tuple[TaskFamily, ...] | None = None,
+    outer_optimizer: optax.GradientTransformation | None = None,
+    start: Callable[[TrainingState], TrainingState] = lambda fresh: fresh,
+) -> Iterator[TrainingState]:
+    """`meta_train` record by record: yields where it starts, then where it stands after each.
+
+    The arrays of a state are used up by the next one: copy what is to be kept.
+
+    Args:
+      config, key, families, selection, outer_optimizer: see `meta_train`.
+      start: from the fresh state to the one to start from, e.g. one that was yielded by another
+        call with the same arguments. The rest is then the same, bit for bit.
+
+    Raises:
+      See `meta_train`.
+    """
     families = families or tuple(task.build() for task in config.tasks)
     selection = selection or tuple(task.build() for task in config.selection)
     outer_optimizer = outer_optimizer or default_outer_optimizer(config)
@@ -159,24 +102,27 @@ def meta_train(
     if config.inner_gradient == "replayed":
         families = tuple(with_replay(family, replay_key) for family in families)
         selection = tuple(with_replay(family, replay_key) for family in selection)
-    state = init_outer(config, families, outer_optimizer, init_key)
-    best, best_robust, history = state.average, -1.0, []
+    outer = init_outer(config, families, outer_optimizer, init_key)
+    best = jax.tree.map(jnp.copy, outer.average)
+    state = start(TrainingState(outer, best, jnp.float32(-1.0), ()))
+    yield state
     chunk = _steps_a_call(config)
-    for done in range(chunk, config.outer_steps + 1, chunk):
-        state, infos = outer_steps(config, outer_optimizer, chunk, families, state)
+    for done in range(int(state.outer.step) + chunk, config.outer_steps + 1, chunk):
+        outer, infos = outer_steps(config, outer_optimizer, chunk, families, state.outer)
+        state = state._replace(outer=outer)
         record = _record(done, infos)
         if done % config.evaluate_every == 0 or done == config.outer_steps:
-            accuracy = evaluate(config, selection, state.average, selection_key)
+            accuracy = evaluate(config, selection, outer.average, selection_key)
             record |= {f"{k}_accuracy": float(v) for k, v in accuracy._asdict().items()}
-            if accuracy.robust > best_robust:
-                best, best_robust = jax.tree.map(jnp.copy, state.average), accuracy.robust
-        history.append(record)
-        report(record)
-    if sum(record["skipped_steps"] for record in history) == config.outer_steps:
+            if accuracy.robust > state.best_robust:
+                best = jax.tree.map(jnp.copy, outer.average)
+                state = state._replace(best=best, best_robust=accuracy.robust)
+        state = state._replace(history=(*state.history, record))
+        yield state
+    if sum(record["skipped_steps"] for record in state.history) == config.outer_steps:
         raise FloatingPointError(
             "no outer step had a finite meta-gradient: are the data and the model's outputs finite?"
         )
-    return best, history
 
 
 def _steps_a_call(config: MetaTrainingConfig) -> int:
@@ -188,142 +134,6 @@ def _steps_a_call(config: MetaTrainingConfig) -> int:
 def default_outer_optimizer(config: MetaTrainingConfig) -> optax.GradientTransformation:
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.outer_steps)
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def init_outer(
-    config: MetaTrainingConfig,
-    families: tuple[TaskFamily, ...],
-    outer_optimizer: optax.GradientTransformation,
-    key: Key,
-) -> OuterState:
-    meta_key, lanes_key, outer_key = jax.random.split(key, 3)
-    meta_params = init_meta_params(config.meta_optimizer, meta_key)
-
-    def staggered_lane(family: TaskFamily, key: Key) -> Lane:
-        lane = new_lane(config, family, meta_params, key)
-        first = _draw_horizon(config, jax.random.fold_in(key, 1), shortest=config.truncation)
-        return lane._replace(horizon=first)
-
-    keys = [jax.random.split(k, config.lanes) for k in jax.random.split(lanes_key, len(families))]
-    lanes = tuple(
-        jax.vmap(functools.partial(staggered_lane, family))(family_keys)
-        for family, family_keys in zip(families, keys, strict=True)
-    )
-    return OuterState(
-        meta_params=meta_params,
-        average=meta_params,
-        outer_opt_state=outer_optimizer.init(meta_params),
-        lanes=lanes,
-        key=outer_key,
-        step=jnp.zeros([], jnp.int32),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def outer_steps(
-    config: MetaTrainingConfig,
-    outer_optimizer: optax.GradientTransformation,
-    steps: int,
-    families: tuple[TaskFamily, ...],
-    state: OuterState,
-) -> tuple[OuterState, OuterInfo]:
-    """Takes outer steps in one `jax.lax.scan`; the infos are stacked [steps]."""
-    step = functools.partial(outer_step, config, outer_optimizer, families)
-    return jax.lax.scan(lambda state, _: step(state), state, length=steps)
-
-
-def outer_step(
-    config: MetaTrainingConfig,
-    outer_optimizer: optax.GradientTransformation,
-    families: tuple[TaskFamily, ...],
-    state: OuterState,
-) -> tuple[OuterState, OuterInfo]:
-    """One outer step; a step whose meta-gradient is not finite is skipped and counted."""
-
-    def objective(meta_params: MetaParams):
-        # A copy of phi for each lane: gradients of one that they share would be sums over lanes
-        # within every inner step, as products that XLA computes in half the speed.
-        phi = jax.tree.map(lambda p: jnp.broadcast_to(p, (config.lanes, *p.shape)), meta_params)
-        losses, lanes = [], []
-        for family, lane in zip(families, state.lanes, strict=True):
-            run = functools.partial(run_truncation, config, family)
-            loss, lane = jax.vmap(run)(phi, lane)
-            losses.append(loss.mean())
-            lanes.append(lane)
-        return sum(losses) / len(losses), tuple(lanes)
-
-    (loss, lanes), gradient = jax.value_and_grad(objective, has_aux=True)(state.meta_params)
-    norm = optax.tree.norm(gradient)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0.0), gradient)
-    updates, outer_opt_state = outer_optimizer.update(
-        gradient, state.outer_opt_state, state.meta_params
-    )
-    meta_params = optax.apply_updates(state.meta_params, updates)
-    stepped = state._replace(
-        meta_params=meta_params,
-        average=optax.incremental_update(meta_params, state.average, 1 - config.average),
-        outer_opt_state=outer_opt_state,
-    )
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
-    key, lanes_key = jax.random.split(state.key)
-    lanes, lost = _restart_finished(config, families, meta_params, lanes, lanes_key)
-    state = state._replace(lanes=lanes, key=key, step=state.step + 1)
-    return state, OuterInfo(loss, norm, finite, lost)
-
-
-def run_truncation(
-    config: MetaTrainingConfig, family: TaskFamily, meta_params: MetaParams, lane: Lane
-) -> tuple[Array, Lane]:
-    """The meta-loss of the next ``truncation`` inner steps of a lane, differentiable in phi."""
-    task_key, _, episode_key = jax.random.split(lane.key, 3)
-    task = family.sample(task_key)
-    inner, trajectory = unroll(
-        task,
-        scale_by_meta_optimizer(meta_params, config.meta_optimizer),
-        lane.inner,
-        episode_key,
-        steps=config.truncation,
-        inner_gradient=inner_gradients.by_name(config.inner_gradient),
-        evaluate=functools.partial(held_out_loss, task, attack_steps=config.meta_loss.attack_steps),
-    )
-    return meta_loss(config.meta_loss, trajectory), lane._replace(inner=inner)
-
-
-def new_lane(
-    config: MetaTrainingConfig, family: TaskFamily, meta_params: MetaParams, key: Key
-) -> Lane:
-    """A new episode: a task, fresh parameters, a horizon."""
-    task_key, init_key, _ = jax.random.split(key, 3)
-    optimizer = scale_by_meta_optimizer(meta_params, config.meta_optimizer)
-    inner_gradient = inner_gradients.by_name(config.inner_gradient)
-    inner = init_inner(family.sample(task_key), optimizer, init_key, inner_gradient)
-    return Lane(inner, key, _draw_horizon(config, key, shortest=config.horizon[0]))
-
-
-def _draw_horizon(config: MetaTrainingConfig, key: Key, shortest: int) -> Array:
-    low, high = shortest // config.truncation, config.horizon[1] // config.truncation
-    return config.truncation * jax.random.randint(jax.random.fold_in(key, 0), (), low, high + 1)
-
-
-def _restart_finished(config, families, meta_params, lanes, key) -> tuple[tuple[Lane, ...], Array]:
-    """Starts a new episode in lanes that are at their horizon or have lost their parameters."""
-
-    def restart(family: TaskFamily, lane: Lane, key: Key) -> tuple[Lane, Array]:
-        lost = ~jnp.isfinite(optax.tree.norm(lane.inner.params))
-        fresh = new_lane(config, family, meta_params, key)
-        over = lost | (lane.inner.step >= lane.horizon)
-        return jax.tree.map(lambda new, old: jnp.where(over, new, old), fresh, lane), lost
-
-    restarted, lost = [], []
-    keys = jax.random.split(key, len(families))
-    for family, family_lanes, family_key in zip(families, lanes, keys, strict=True):
-        lane_keys = jax.random.split(family_key, config.lanes)
-        lane, gone = jax.vmap(functools.partial(restart, family))(family_lanes, lane_keys)
-        restarted.append(lane)
-        lost.append(gone.sum())
-    return tuple(restarted), sum(lost)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from advmeta.types import PyTree
 
@@ -37,7 +37,7 @@ def save_params(path: str | os.PathLike, params: PyTree) -> None:
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _flat(params).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(arrays, temporary)
+    temporary.write_bytes(save(arrays))
     os.replace(temporary, path)
 
 

@@ -1,9 +1,12 @@
 """The folder that a command writes, and the options that every command has."""
 
+import contextlib
 import dataclasses
+import fcntl
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 
 from advmeta import config_files
 
@@ -23,40 +26,94 @@ class Shared:
     config: pathlib.Path | None = None
 
 
-def open_folder(name: str, command: Shared) -> pathlib.Path:
-    """Makes the folder of a run of the command ``name`` and writes config.json into it.
+@dataclasses.dataclass(frozen=True)
+class Resumable(Shared):
+    """Options of the commands that can be taken up again.
+
+    Args:
+      resume: go on with the run in the --output folder, where it was interrupted.
+    """
+
+    resume: bool = False
+
+
+@contextlib.contextmanager
+def open_folder(name: str, command: Shared) -> Iterator[tuple[pathlib.Path, bool]]:
+    """The folder of a run of the command ``name``, with its config.json, for this process alone.
+
+    Yields:
+      The folder, and whether a run in it goes on.
 
     Raises:
-      ValueError: the folder holds a run.
+      ValueError: the folder holds a run, and this is not to resume it or has other options; or
+        another process is writing it.
     """
+    resume = getattr(command, "resume", False)
+    if resume and command.output is None:
+        raise ValueError("--resume needs the --output folder of the run to take up")
     folder = command.output or pathlib.Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (folder / "config.json").exists():
-        raise ValueError(f"{folder} already holds a run; give another --output, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "config.json", config_files.to_json(command).encode())
-    return folder
+    with _locked(folder):
+        exists = (folder / "config.json").exists()
+        if exists and not resume:
+            raise ValueError(
+                f"{folder} already holds a run; give another --output, or remove it"
+                + " (or go on with it: --resume)" * isinstance(command, Resumable)
+            )
+        if exists:
+            _check_same(command, folder)
+        else:
+            fresh = dataclasses.replace(command, resume=False) if resume else command
+            replace_file(folder / "config.json", config_files.to_json(fresh).encode())
+        try:
+            yield folder, exists
+        except ValueError:  # nothing has come of it, so the folder does not hold a run
+            if not exists:
+                (folder / "config.json").unlink()
+            raise
 
 
-def reopen_folder(command: Shared) -> pathlib.Path:
-    """The folder of a run of the same command that was interrupted.
-
-    Raises:
-      ValueError: the run had other options.
-    """
-    path = command.output / "config.json"
-    earlier = config_files.from_json(type(command), path)
-    names = (field.name for field in dataclasses.fields(command) if field.name not in _OF_THE_CALL)
-    differing = [name for name in names if getattr(earlier, name) != getattr(command, name)]
-    if differing:
-        was = ", ".join(f"{name}={getattr(earlier, name)!r}" for name in differing)
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out. The system drops the lock with the process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
         raise ValueError(
-            f"{command.output} holds a run with {was}; give the same options to resume it, or "
-            "another --output"
+            f"another process is writing {folder}: wait for it, or give another --output"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _check_same(command: Shared, folder: pathlib.Path) -> None:
+    """Raises a ValueError that lists the options in which the run in the folder differs."""
+    earlier = config_files.from_json(type(command), folder / "config.json")
+    differing = _differences(dataclasses.asdict(earlier), dataclasses.asdict(command))
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run with {'; '.join(differing)}: give the same options to resume "
+            "it, or another --output"
         )
-    return command.output
 
 
-_OF_THE_CALL = ("output", "config", "resume")  # these do not change what comes out
+def _differences(earlier: dict, now: dict, prefix: str = "") -> list[str]:
+    """``option=earlier (now: ...)`` for every option that differs, those of nested configs too."""
+    found = []
+    for name, was in earlier.items():
+        if not prefix and name in _OF_THE_CALL:
+            continue
+        if isinstance(was, dict) and isinstance(now[name], dict):
+            found += _differences(was, now[name], f"{prefix}{name}.")
+        elif was != now[name]:
+            found.append(f"{prefix}{name}={was!r} (now: {now[name]!r})")
+    return found
+
+
+# These do not change what comes out.
+_OF_THE_CALL = ("output", "config", "resume", "checkpoint_seconds")
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:

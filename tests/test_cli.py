@@ -9,7 +9,7 @@ import pytest
 import advmeta
 from advmeta import cli
 from advmeta.evaluation import baselines, transfer
-from advmeta.meta_training import MetaTrainingConfig
+from advmeta.meta_training_config import MetaTrainingConfig
 
 TINY = [
     "--training.outer-steps", "2", "--training.lanes", "1", "--training.evaluate-every", "2",

@@ -7,7 +7,7 @@ import pytest
 
 from advmeta import cli, config_files
 from advmeta.meta_optimizer import MetaOptimizerConfig
-from advmeta.meta_training import MetaTrainingConfig
+from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.tasks import TaskConfig
 
 

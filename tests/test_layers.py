@@ -17,12 +17,14 @@ LAYERS = [
     {"inner_gradients"},
     {"held_out", "unroll"},
     {"meta_loss"},
+    {"checkpoint", "meta_training_config"},
+    {"outer_step"},
     {"meta_training"},
     {"evaluation"},
     {"report"},
     {"config_files", "environment", "named_models", "progress"},  # of the command line
     {"run_folder"},
-    {"attack_command"},
+    {"attack_command", "training_command"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -18,15 +18,9 @@ from advmeta.meta_optimizer import (
     init_meta_params,
     scale_by_meta_optimizer,
 )
-from advmeta.meta_training import (
-    MetaTrainingConfig,
-    OuterState,
-    init_outer,
-    meta_train,
-    new_lane,
-    outer_steps,
-    run_truncation,
-)
+from advmeta.meta_training import meta_train, training_states
+from advmeta.meta_training_config import MetaTrainingConfig
+from advmeta.outer_step import OuterState, init_outer, new_lane, outer_steps, run_truncation
 from advmeta.tasks import TaskConfig, draw
 
 KEY = jax.random.key(0)
@@ -239,6 +233,39 @@ def test_the_best_meta_params_are_kept(monkeypatch):
     assert [round(record["robust_accuracy"], 3) for record in history] == robust
     assert equal(best, seen[1])  # the first of the two
     assert not equal(best, seen[3])
+
+
+def states(**options):
+    """What a tiny training yields, on the host: the next state uses up the arrays of the last."""
+    options = {"families": (FAMILY,), "selection": (FAMILY,), "outer_optimizer": OUTER, **options}
+    for state in training_states(CONFIG, key=KEY, **options):
+        yield jax.tree.map(np.array, state._replace(outer=without_keys(state.outer)))
+
+
+def without_keys(tree):
+    def plain(leaf):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    return jax.tree.map(plain, tree)
+
+
+def test_a_training_goes_on_from_any_of_its_states_bit_for_bit():
+    """Lanes are in the middle of episodes, the best is not the last, and history is kept."""
+    whole = list(states())
+    for i in range(len(whole)):
+
+        def start(fresh, i=i):
+            outer = jax.tree.map(
+                lambda new, old: old if new.dtype == old.dtype else jax.random.wrap_key_data(old),
+                fresh.outer, whole[i].outer,
+            )  # fmt: skip
+            return whole[i]._replace(outer=outer)
+
+        rest = list(states(start=start))
+        assert len(rest) == len(whole) - i
+        for state, expected in zip(rest, whole[i:], strict=True):
+            assert equal(state[:-1], expected[:-1]) and state.history == expected.history
 
 
 def test_outer_steps_are_compiled_once():

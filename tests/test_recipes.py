@@ -19,7 +19,8 @@ from advmeta.inner_gradients import RECIPES, fgsm_rs, free, stateful, trades, va
 from advmeta.inner_gradients.basic import ascend
 from advmeta.inner_gradients.divergence import virtual_adversarial
 from advmeta.meta_optimizer import MetaOptimizerConfig
-from advmeta.meta_training import MetaTrainingConfig, init_outer, outer_step
+from advmeta.meta_training_config import MetaTrainingConfig
+from advmeta.outer_step import init_outer, outer_step
 from advmeta.tasks import draw
 from advmeta.unroll import init_inner, unroll
 

@@ -1,0 +1,69 @@
+"""What decides a meta-training."""
+
+import dataclasses
+
+from advmeta import inner_gradients
+from advmeta.meta_loss import MetaLossConfig
+from advmeta.meta_optimizer.transform import MetaOptimizerConfig
+from advmeta.tasks import TaskConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaTrainingConfig:
+    """Everything that decides the meta-parameters, but for the key.
+
+    Args:
+      tasks: what is trained on; every outer step takes all of them.
+      selection: what the best meta-parameters are chosen on.
+      meta_optimizer: what the LSTM sees and how large it is.
+      meta_loss: what is minimised.
+      inner_gradient: a name that `advmeta.inner_gradients.by_name` knows.
+      outer_steps: updates of the meta-parameters.
+      lanes: episodes of each task that run side by side.
+      truncation: inner steps that one outer step backpropagates through.
+      horizon: shortest and longest episode, in inner steps; each is drawn from the multiples of
+        the truncation between them.
+      learning_rate: of the outer Adam, at its start; it follows a cosine to zero.
+      clip: global norm that meta-gradients are clipped to.
+      average: decay of the moving average of the meta-parameters, which is what is evaluated.
+      evaluate_every: outer steps between evaluations.
+    """
+
+    tasks: tuple[TaskConfig, ...] = (
+        TaskConfig(optimizee="linear"),
+        TaskConfig(optimizee="mlp-10"),
+        TaskConfig(optimizee="mlp-20"),
+    )
+    selection: tuple[TaskConfig, ...] = (
+        TaskConfig(optimizee="mlp-24", train_examples=800),
+        TaskConfig(optimizee="mlp-24-16", train_examples=800),
+    )
+    meta_optimizer: MetaOptimizerConfig = MetaOptimizerConfig()
+    meta_loss: MetaLossConfig = MetaLossConfig()
+    inner_gradient: str = "clean"
+    outer_steps: int = 400
+    lanes: int = 4
+    truncation: int = 20
+    horizon: tuple[int, int] = (60, 200)
+    learning_rate: float = 3e-3
+    clip: float = 1.0
+    average: float = 0.98
+    evaluate_every: int = 50
+
+    def __post_init__(self):
+        inner_gradients.by_name(self.inner_gradient)
+        for name in ("outer_steps", "lanes", "truncation", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        shortest, longest = self.horizon
+        if shortest % self.truncation or longest % self.truncation:
+            raise ValueError(
+                f"truncation={self.truncation} must divide both ends of horizon={self.horizon}; "
+                f"write horizon=({self.truncation}, {self.truncation * 10}), say"
+            )
+        if not 0 < shortest <= longest:
+            raise ValueError(f"horizon={self.horizon} must be (shortest, longest), both positive")
+        if not self.tasks or not self.selection:
+            raise ValueError("tasks and selection must each hold at least one TaskConfig")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average={self.average} must be at least 0 and below 1")

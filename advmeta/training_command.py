@@ -1,0 +1,150 @@
+"""`advmeta meta-train`, and the first half of `advmeta run`: a meta-training to take up again."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+
+import jax
+from rich.console import Console
+
+from advmeta import config_files, environment
+from advmeta.checkpoint import Checkpoints
+from advmeta.meta_optimizer.weights import load_weights, save_weights
+from advmeta.meta_training import TrainingState, training_states
+from advmeta.meta_training_config import MetaTrainingConfig
+from advmeta.progress import MetaTrainingProgress
+from advmeta.run_folder import Resumable, replace_file
+from advmeta.types import MetaParams
+
+_WEIGHTS = "meta_optimizer.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(Resumable):
+    """Options of the commands that meta-train.
+
+    Args:
+      training: what decides the weights, with the seed.
+      checkpoint_seconds: of work that a kill may cost; 0 keeps every report.
+    """
+
+    training: MetaTrainingConfig = MetaTrainingConfig()
+    checkpoint_seconds: float = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaTrain(Training):
+    """Meta-train an optimizer and write its weights.
+
+    A run that was killed goes on with --resume, to the very weights that it would have had.
+
+    Example: advmeta meta-train --output runs/mine --training.learning-rate 2e-3
+    """
+
+
+def train_and_save(
+    command: Training, line: str, folder: pathlib.Path, console: Console
+) -> MetaParams:
+    """Meta-trains from the newest checkpoint, if there is one; writes the weights and their card.
+
+    ``line`` is what was typed. The folder gets metrics.jsonl, a line a record; checkpoints; and,
+    last, the weights and card.json.
+
+    Raises:
+      SystemExit: SIGINT or SIGTERM came; there is a checkpoint of where it stood.
+      ValueError: there are checkpoints, and none is whole.
+    """
+    config = command.training
+    if (folder / "card.json").exists():
+        return load_weights(folder / _WEIGHTS)[0]
+    made_with, metrics = environment.describe(), []
+    with (
+        Checkpoints(folder / "checkpoints") as checkpoints,
+        MetaTrainingProgress(config, console) as bar,
+        _signals() as signals,
+    ):
+        start = functools.partial(_take_up, checkpoints, metrics, console)
+        states = training_states(config, key=jax.random.key(command.seed), start=start)
+        state = next(states)
+        for record in metrics:
+            bar.update(record)
+        saved = time.monotonic()
+        for state in _logged(states, metrics, folder / "metrics.jsonl"):
+            bar.update(metrics[-1])
+            if signals or time.monotonic() - saved >= command.checkpoint_seconds:
+                *arrays, _ = state
+                checkpoints.save(metrics[-1]["outer_step"], arrays, {"metrics": list(metrics)})
+                saved = time.monotonic()
+            if signals:
+                console.print(
+                    f"{signal.Signals(signals[0]).name}: stopped after outer step "
+                    f"{metrics[-1]['outer_step']}; --resume --output {folder} goes on from there",
+                    markup=False,
+                )
+                raise SystemExit(128 + signals[0])
+    card = {
+        "name": folder.name,
+        "command": line,
+        "seed": command.seed,
+        "seconds": metrics[-1]["seconds"],
+        **made_with,
+        "training": json.loads(config_files.to_json(config)),
+        "selected_at": max(
+            (record for record in metrics if "robust_accuracy" in record),
+            key=lambda record: record["robust_accuracy"],
+        ),
+    }
+    save_weights(folder / _WEIGHTS, state.best, config.meta_optimizer, **card)
+    replace_file(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
+    return state.best
+
+
+def _take_up(
+    checkpoints: Checkpoints, metrics: list[dict], console: Console, fresh: TrainingState
+) -> TrainingState:
+    """The state of the newest whole checkpoint, whose records go into ``metrics``; or the fresh."""
+    *arrays, _ = fresh
+    found = checkpoints.newest(arrays)
+    if found is None:
+        return fresh
+    for damage in found.damaged:
+        console.print(f"passed over a damaged checkpoint, {damage}", style="yellow", markup=False)
+    metrics.extend(found.record["metrics"])
+    history = ({k: v for k, v in record.items() if k != "seconds"} for record in metrics)
+    return TrainingState(*found.arrays, tuple(history))
+
+
+def _logged(
+    states: Iterator[TrainingState], metrics: list[dict], path: pathlib.Path
+) -> Iterator[TrainingState]:
+    """Adds each state's record, with the seconds so far, to ``metrics`` and to the file.
+
+    The file holds what ``metrics`` held, and no line that came after it in a run that was killed.
+    """
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in metrics).encode())
+    began = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0.0)
+    with path.open("a") as log:
+        for state in states:
+            seconds = round(time.perf_counter() - began, 3)
+            metrics.append({**state.history[-1], "seconds": seconds})
+            log.write(json.dumps(metrics[-1]) + "\n")
+            log.flush()
+            yield state
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are collected, so that the run can leave when it is between two steps."""
+    came: list[int] = []
+    both = (signal.SIGINT, signal.SIGTERM)
+    before = {each: signal.signal(each, lambda number, frame: came.append(number)) for each in both}
+    try:
+        yield came
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

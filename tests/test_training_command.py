@@ -1,0 +1,124 @@
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import advmeta
+from advmeta import cli, training_command
+from advmeta.run_folder import open_folder
+
+TRAINING = {
+    "tasks": [{"optimizee": "linear"}], "selection": [{"optimizee": "linear"}],
+    "meta_optimizer": {"hidden": [4]}, "outer_steps": 6, "lanes": 2, "truncation": 2,
+    "horizon": [4, 8], "evaluate_every": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "config.json").write_text(json.dumps({"training": TRAINING}))
+    return folder
+
+
+def arguments(home, name, *more):
+    return ["meta-train", "--config", str(home / "config.json"), "--output", str(home / name),
+            "--checkpoint-seconds", "0", *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home):
+    cli.main(arguments(home, "undisturbed"))
+    return outcome(home / "undisturbed")
+
+
+def outcome(folder):
+    """The weights, and the records without the times."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(record.pop("seconds") >= 0 for record in records)
+    return (folder / "meta_optimizer.safetensors").read_bytes(), records
+
+
+def stopped(argv, capsys):
+    """The exit code of a command that does not end well, and what it printed."""
+    with pytest.raises(SystemExit) as exit:
+        cli.main(argv)
+    out, err = capsys.readouterr()
+    return exit.value.code, " ".join((out + err).split())
+
+
+@pytest.mark.slow
+def test_a_signal_stops_it_where_it_can_go_on(home, undisturbed, monkeypatch, capsys):
+    argv, update = arguments(home, "stopped"), training_command.MetaTrainingProgress.update
+
+    def interrupted(self, record):
+        update(self, record)
+        if record["outer_step"] == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_command.MetaTrainingProgress, "update", interrupted)
+        code, said = stopped(argv, capsys)
+    assert code == 128 + signal.SIGTERM
+    assert "SIGTERM: stopped after outer step 4; --resume" in said
+    assert not (home / "stopped" / "card.json").exists()
+    with (home / "stopped" / "metrics.jsonl").open("a") as log:
+        log.write('{"outer_step": 6, "of": "a run that was killed before its next checkpoint"}\n')
+    cli.main([*argv, "--resume"])
+    assert outcome(home / "stopped") == undisturbed
+    # And once more, when there is nothing left to do.
+    before = (home / "stopped" / "card.json").read_bytes()
+    cli.main([*argv, "--resume"])
+    assert (home / "stopped" / "card.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_killed_run_that_is_resumed_ends_as_an_undisturbed_one(home, undisturbed, capsys):
+    """`python -m benchmarks.soak` kills it fifty times; here a checkpoint is damaged too."""
+    argv, folder = arguments(home, "killed"), home / "killed"
+    command = [sys.executable, "-c", "from advmeta.cli import main; main()", *argv]
+    tested = {**os.environ, "PYTHONPATH": str(pathlib.Path(advmeta.__file__).parents[1])}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=tested) as process:
+        while not (folder / "checkpoints" / "4").exists():
+            assert process.poll() is None, "it ended before it wrote two checkpoints"
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    (folder / "checkpoints" / "4" / "about" / "metadata").write_text("{")
+    cli.main([*argv, "--resume"])
+    assert "passed over a damaged checkpoint, checkpoint 4" in capsys.readouterr().out
+    assert outcome(folder) == undisturbed
+
+
+def test_both_signals_are_collected_and_given_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with training_command._signals() as came:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert came == [signal.SIGINT, signal.SIGTERM]
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.slow
+def test_a_folder_is_one_runs_alone(home, undisturbed, capsys):
+    code, said = stopped(arguments(home, "undisturbed"), capsys)
+    assert code == 2 and "already holds a run" in said and "--resume" in said
+    other = arguments(home, "undisturbed", "--resume", "--training.lanes", "3", "--seed", "1")
+    code, said = stopped(other, capsys)
+    assert code == 2
+    assert "holds a run with seed=0 (now: 1); training.lanes=2 (now: 3): give the same" in said
+    command = training_command.MetaTrain(output=home / "undisturbed", resume=True)
+    descriptor = os.open(home / "undisturbed", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process is writing"):
+        open_folder("meta-train", command).__enter__()
+    os.close(descriptor)
+    assert outcome(home / "undisturbed") == undisturbed
+    code, said = stopped(["meta-train", "--resume"], capsys)
+    assert code == 2 and "--resume needs the --output folder" in said
