@@ -22,6 +22,8 @@ from advmeta.meta_training import meta_train as meta_train
 from advmeta.meta_training_config import MetaTrainingConfig as MetaTrainingConfig
 from advmeta.parameter_files import load_params as load_params
 from advmeta.parameter_files import save_params as save_params
+from advmeta.patching import PatchReport as PatchReport
+from advmeta.patching import patch as patch
 from advmeta.tasks import Task as Task
 from advmeta.tasks import TaskConfig as TaskConfig
 from advmeta.tasks import TaskFamily as TaskFamily

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.tree_util import Partial
 from rich.console import Console
 
 from advmeta import data, environment
@@ -31,7 +32,8 @@ class Attack(Resumable):
     Args:
       model: module:function, images [n, h, w, c] -> logits [n, classes]; for "rand" (images, key)
         -> logits. The current folder is looked in first.
-      params: instead of model, a .safetensors file that advmeta.save_params wrote.
+      params: instead of model, nested dicts of arrays: a .safetensors file, Flax's .msgpack, or an
+        Orbax checkpoint.
       optimizee: the architecture of those params, such as mlp-20 or cnn-8-16.
       data: digits, fashion_small, a TFDS name, or the path of an .npz file.
       norm: of the perturbation.
@@ -125,7 +127,7 @@ def open_target(command: Attack) -> Target:
         model = import_model(command.model)
     else:
         classes = dataset.num_classes
-        model = saved_model(command.params, command.optimizee, x.shape[1:], classes)
+        model = Partial(*saved_model(command.params, command.optimizee, x.shape[1:], classes))
     return Target(model, Batch(x[: command.examples], y[: command.examples]), threat_model)
 
 

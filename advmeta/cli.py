@@ -24,6 +24,7 @@ from advmeta.evaluation.sanity import Check, sanity_checks
 from advmeta.evaluation.transfer import Entry, TransferConfig, transfer_table
 from advmeta.meta_optimizer.pretrained import load_meta_optimizer
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
+from advmeta.patch_command import Patch, patch_files
 from advmeta.progress import TableProgress
 from advmeta.run_folder import Shared, open_folder, replace_file
 from advmeta.tasks import Task
@@ -62,7 +63,13 @@ class Evaluate(Shared):
     table: TransferConfig = TransferConfig(rows=tuple(ROWS), attack="autoattack")
 
 
-COMMANDS = {"run": Run, "meta-train": MetaTrain, "evaluate": Evaluate, "attack": Attack}
+COMMANDS = {
+    "run": Run,
+    "meta-train": MetaTrain,
+    "evaluate": Evaluate,
+    "patch": Patch,
+    "attack": Attack,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,7 +95,7 @@ def _compile_quickly_on_a_cpu() -> None:
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 
-def parse(argv: list[str]) -> Run | MetaTrain | Evaluate | Attack:
+def parse(argv: list[str]) -> Run | MetaTrain | Evaluate | Patch | Attack:
     """The command with its resolved config."""
     kinds = [
         Annotated[kind, tyro.conf.subcommand(name, default=_default(kind, name, argv))]
@@ -134,7 +141,13 @@ def _evaluate(command: Evaluate, line: str, console: Console) -> pathlib.Path:
     return folder
 
 
-_DO = {Run: _run, MetaTrain: _meta_train, Evaluate: _evaluate, Attack: attack}
+_DO = {
+    Run: _run,
+    MetaTrain: _meta_train,
+    Evaluate: _evaluate,
+    Patch: patch_files,
+    Attack: attack,
+}
 
 
 def _make_table(

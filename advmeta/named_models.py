@@ -3,16 +3,17 @@
 import importlib
 import os
 import sys
+from collections.abc import Callable
 
 import jax
-from jax.tree_util import Partial, keystr, tree_leaves_with_path
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from advmeta import optimizees
-from advmeta.parameter_files import load_params
-from advmeta.types import LogitsFn, PyTree
+from advmeta.parameter_files import load_any_params
+from advmeta.types import Array, Params, PyTree
 
 
-def import_model(name: str) -> LogitsFn:
+def import_model(name: str) -> Callable:
     """Imports the function that "module:function" names; the current folder is looked in first.
 
     Raises:
@@ -42,18 +43,18 @@ def import_model(name: str) -> LogitsFn:
     if not callable(function):
         raise ValueError(
             f"model={name!r}: {function_name} is of type {type(function).__name__}; name a "
-            "function from images [n, h, w, c] to logits [n, classes]"
+            "function that returns logits [n, classes]"
         )
     return function
 
 
 def saved_model(
     path: str | os.PathLike, optimizee: str, x_shape: tuple[int, ...], num_classes: int
-) -> Partial:
-    """The logits of an optimizee whose parameters `advmeta.save_params` wrote.
+) -> tuple[Callable[[Params, Array], Array], Params]:
+    """An optimizee's apply, and its parameters from a file that `load_any_params` reads.
 
     Args:
-      path: of the safetensors file.
+      path: of the file.
       optimizee: what the parameters are of, for instance "mlp-20".
       x_shape: of one example.
       num_classes: of the data.
@@ -62,7 +63,7 @@ def saved_model(
       ValueError: an unknown optimizee, no such file, or parameters of other shapes.
     """
     init, apply = optimizees.by_name(optimizee, num_classes)
-    params = load_params(path)
+    params = load_any_params(path)
     needed = _shapes(jax.eval_shape(lambda key: init(key, x_shape), jax.random.key(0)))
     given = _shapes(params)
     for name in sorted(needed.keys() | given.keys()):
@@ -72,7 +73,7 @@ def saved_model(
                 f"images of shape {x_shape} and {num_classes} classes has {needed.get(name)} "
                 "(None: not there at all); name the optimizee and the data it was trained on"
             )
-    return Partial(apply, params)
+    return apply, params
 
 
 def _shapes(params: PyTree) -> dict[str, tuple[int, ...]]:

@@ -68,6 +68,49 @@ def load_params(path: str | os.PathLike) -> PyTree:
     return unflatten_dict({name: jnp.asarray(leaf) for name, leaf in arrays.items()}, sep="/")
 
 
+def load_any_params(path: str | os.PathLike) -> PyTree:
+    """Reads parameters that others wrote: safetensors, Flax's msgpack, or an Orbax checkpoint.
+
+    Args:
+      path: a file that ends in ".safetensors" or ".msgpack", or the folder of a checkpoint.
+
+    Returns:
+      Nested dicts of arrays.
+
+    Raises:
+      ValueError: there is nothing there, it cannot be read, or it holds no nested dict of arrays.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        params = _read_orbax(path)
+    elif path.suffix == ".msgpack":
+        params = _read_msgpack(path)
+    else:
+        return load_params(path)
+    return jax.tree.map(jnp.asarray, unflatten_dict(_flat(params), sep="/"))
+
+
+def _read_msgpack(path: pathlib.Path) -> PyTree:
+    from flax.serialization import msgpack_restore
+
+    try:
+        return msgpack_restore(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"there is no file {str(path)!r}") from error
+    except Exception as error:  # whatever msgpack and NumPy raise on bytes that are not theirs
+        raise ValueError(f"{str(path)!r} is not Flax's msgpack ({error})") from error
+
+
+def _read_orbax(path: pathlib.Path) -> PyTree:
+    import orbax.checkpoint as ocp  # only here: it takes most of a second to import
+
+    try:
+        return ocp.StandardCheckpointer().restore(path.absolute())
+    except Exception as error:  # whatever Orbax raises on a folder that is not its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{str(path)!r} is not an Orbax checkpoint ({reason})") from error
+
+
 def _flat(params: PyTree) -> dict[str, jax.Array]:
     """Paths joined by "/" -> arrays."""
     advice = "write nested dicts of arrays, as in {'layer': {'kernel': w, 'bias': b}}"

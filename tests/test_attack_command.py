@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import advmeta
-from advmeta import attack_command, cli
+from advmeta import cli
 from advmeta.attack_command import Attack, open_target
 from advmeta.report import attack_results
+from advmeta.run_folder import open_folder
 
 MODEL = """
 import jax.numpy as jnp
@@ -131,7 +132,10 @@ def test_a_run_is_neither_written_over_nor_taken_up_as_another(at_home, undistur
     before = (undisturbed / "results.json").read_bytes()
     for more, message in (
         (CURVE, "already holds a run"),
-        (["--resume", *CURVE, "--seed", "1"], "holds a run with seed=0; give the same options"),
+        (
+            ["--resume", *CURVE, "--seed", "1"],
+            "holds a run with seed=0 (now: 1): give the same options",
+        ),
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main(arguments("undisturbed", *more))
@@ -166,7 +170,7 @@ def test_what_cannot_be_is_one_line_and_makes_no_folder(at_home, tmp_path, chang
 
 def test_resume_without_a_folder_is_refused(at_home):
     with pytest.raises(ValueError, match="--resume needs the --output folder"):
-        attack_command._folder(Attack(resume=True))
+        open_folder("attack", Attack(resume=True)).__enter__()
 
 
 def test_an_error_in_the_user_s_module_is_not_hidden(at_home):

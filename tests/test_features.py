@@ -1,8 +1,10 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.tiny import compile_fast as compile_fast
+from flax import nnx
 
 from advmeta.meta_optimizer import features
 
@@ -32,7 +34,7 @@ def test_layer_features_of_a_kernel():
     # mean square = (1 + 1 + 9 + 9) / 4 = 5; |w| / RMS has row means 1 / s, 3 / s and column means
     # 2 / s, with s = sqrt(5).
     kernel = jnp.array([[1.0, -1.0], [3.0, 3.0]])
-    position = features.LayerPosition(True, False, False, fan_in=2, fan_out=2)
+    position = features.LayerPosition(True, False, False, outputs=1, fan_in=2, fan_out=2)
     tensor, row, column = features.layer_features(kernel, position)
     log2, s = np.log(2) / 10, np.sqrt(5)
     np.testing.assert_allclose(tensor, [1, 0, 0, log2, log2, np.log(s) / 10], atol=1e-6)
@@ -93,9 +95,36 @@ def test_positions_of_any_tree():
 def test_positions_without_kernels_or_without_anything():
     assert features.layer_positions({}) == []
     (scalar,) = features.layer_positions(np.float32(1))
-    assert scalar == features.LayerPosition(False, False, True, 1, 1)
+    assert scalar == features.LayerPosition(False, False, True, outputs=0, fan_in=1, fan_out=1)
 
 
 def test_a_single_layer_is_the_first_and_the_last():
     bias, kernel = features.layer_positions({"layer_0": layer(4, 2)})
     assert kernel.first and kernel.last and bias.first and bias.last
+
+
+def test_an_equinox_layer_is_seen_as_its_transpose():
+    """Attributes of a module: weight (outputs, inputs), and a bias that may have rank 3."""
+
+    class Layer(eqx.Module):
+        weight: jax.Array
+        bias: jax.Array
+
+    eqx_kernel = np.sin(np.arange(15, dtype=np.float32)).reshape(5, 3)
+    ours = {"layer": {"kernel": eqx_kernel.T, "bias": jnp.ones(5)}}
+    for bias in (jnp.ones(5), jnp.ones((5, 1, 1))):
+        bias_position, kernel_position = features.layer_positions(ours)
+        same_kernel, same_bias = features.layer_positions({"layer": Layer(eqx_kernel, bias)})
+        assert same_kernel == kernel_position._replace(outputs=0)
+        assert same_bias == bias_position
+    tensor, row, column = features.layer_features(eqx_kernel.T, kernel_position)
+    same_tensor, same_row, same_column = features.layer_features(eqx_kernel, same_kernel)
+    np.testing.assert_allclose(same_tensor, tensor)
+    np.testing.assert_allclose(same_row[..., 0], row[..., 0].T)
+    np.testing.assert_allclose(same_column[..., 0], column[..., 0].T)
+
+
+def test_the_box_of_an_nnx_variable_is_no_layer():
+    _, state = nnx.split(nnx.Linear(3, 5, rngs=nnx.Rngs(0)))
+    plain = {"bias": jnp.ones(5), "kernel": jnp.ones((3, 5))}
+    assert features.layer_positions(state) == features.layer_positions(plain)

@@ -16,6 +16,7 @@ LAYERS = [
     {"tasks"},
     {"inner_gradients"},
     {"held_out", "unroll"},
+    {"patching"},
     {"meta_loss"},
     {"checkpoint", "meta_training_config"},
     {"outer_step"},
@@ -24,7 +25,7 @@ LAYERS = [
     {"report"},
     {"config_files", "environment", "named_models", "progress"},  # of the command line
     {"run_folder"},
-    {"attack_command", "training_command"},
+    {"attack_command", "patch_command", "training_command"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

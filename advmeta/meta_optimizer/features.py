@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import DictKey, GetAttrKey
 
 from advmeta.types import Array, Params
 
@@ -21,7 +22,8 @@ class LayerPosition(NamedTuple):
 
     first: bool
     last: bool
-    bias: bool  # rank 1 or 0: biases, and scales of normalisation
+    bias: bool  # by name, or of rank 1 or 0, as scales of normalisation are too
+    outputs: int  # the axis of the layer's outputs; the others are inputs and places
     fan_in: int
     fan_out: int
 
@@ -81,8 +83,9 @@ def layer_features(parameter: Array, position: LayerPosition) -> tuple[Array, ..
     if position.bias:
         row = column = size.mean()
     else:
-        row = size.mean(axis=-1, keepdims=True)
-        column = size.mean(axis=tuple(range(parameter.ndim - 1)), keepdims=True)
+        inputs = tuple(axis for axis in range(parameter.ndim) if axis != position.outputs)
+        row = size.mean(axis=position.outputs, keepdims=True)
+        column = size.mean(axis=inputs, keepdims=True)
     return tensor, row[..., None], column[..., None]
 
 
@@ -91,23 +94,38 @@ def layer_positions(params: Params) -> list[LayerPosition]:
 
     A layer is a set of leaves with the same parent, and layers follow each other as their names
     do, with numbers compared as numbers. First and last are counted over the layers that have a
-    kernel, a leaf of rank 2 or more with axes (..., inputs, outputs).
+    kernel, a leaf of rank 2 or more. Its axes are (..., inputs, outputs), but (outputs, inputs,
+    ...) where it is the attribute ``weight`` of a module, as in Equinox.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = [(_unboxed(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     parents = [_natural_order(path[:-1]) for path, _ in leaves]
     kernels = sorted({q for q, (_, x) in zip(parents, leaves, strict=True) if jnp.ndim(x) >= 2})
-    return [_position(parent, jnp.shape(x), kernels) for parent, (_, x) in
-            zip(parents, leaves, strict=True)]  # fmt: skip
+    return [
+        _position(path, parent, jnp.shape(x), kernels)
+        for parent, (path, x) in zip(parents, leaves, strict=True)
+    ]
 
 
-def _position(parent: tuple, shape: tuple[int, ...], kernels: list[tuple]) -> LayerPosition:
+def _position(
+    path: tuple, parent: tuple, shape: tuple[int, ...], kernels: list[tuple]
+) -> LayerPosition:
+    name = path[-1] if path else None
+    bias = len(shape) < 2 or name in (GetAttrKey("bias"), DictKey("bias"))
+    outputs = 0 if bias or name == GetAttrKey("weight") else len(shape) - 1
+    fan_out = math.prod(shape) if bias else shape[outputs]
     return LayerPosition(
         first=bool(kernels) and parent == kernels[0],
         last=bool(kernels) and parent == kernels[-1],
-        bias=len(shape) < 2,
-        fan_in=max(1, math.prod(shape[:-1])),
-        fan_out=max(1, shape[-1] if shape else 1),
+        bias=bias,
+        outputs=outputs,
+        fan_in=max(1, math.prod(shape) // max(1, fan_out)),
+        fan_out=max(1, fan_out),
     )
+
+
+def _unboxed(path: tuple) -> tuple:
+    """The path without the ``.value`` of the variable that Flax NNX keeps an array in."""
+    return path[:-1] if path and path[-1] == GetAttrKey("value") else path
 
 
 def _natural_order(path) -> tuple:

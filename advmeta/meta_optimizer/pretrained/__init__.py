@@ -38,14 +38,30 @@ def load_meta_optimizer(name_or_path: str | os.PathLike) -> optax.GradientTransf
       >>> updates, state = step(params, state, params)  # params in the place of a gradient
       >>> params = optax.apply_updates(params, updates)
     """
-    if str(name_or_path).endswith(".safetensors"):
-        path = pathlib.Path(name_or_path)
-    elif name_or_path in list_pretrained():
-        path = _FOLDER / f"{name_or_path}.safetensors"
-    else:
-        raise ValueError(
-            f"meta-optimizer {str(name_or_path)!r} is unknown; the known ones are "
-            f"{list_pretrained()}, or give a file that ends in '.safetensors'"
-        )
-    meta_params, config, _ = load_weights(path)
+    meta_params, config, _ = load_weights(_path(name_or_path))
     return scale_by_meta_optimizer(meta_params, config)
+
+
+def load_card(name_or_path: str | os.PathLike) -> dict:
+    """How a meta-optimizer was made: command, seed, hardware, versions, training, selection.
+
+    Args and errors as in `load_meta_optimizer`.
+
+    Example:
+      >>> from advmeta.meta_optimizer.pretrained import load_card
+      >>> load_card("digits-linf")["training"]["horizon"]
+      [60, 200]
+    """
+    _, _, card = load_weights(_path(name_or_path))
+    return card
+
+
+def _path(name_or_path: str | os.PathLike) -> pathlib.Path:
+    if str(name_or_path).endswith(".safetensors"):
+        return pathlib.Path(name_or_path)
+    if name_or_path in list_pretrained():
+        return _FOLDER / f"{name_or_path}.safetensors"
+    raise ValueError(
+        f"meta-optimizer {str(name_or_path)!r} is unknown; the known ones are "
+        f"{list_pretrained()}, or give a file that ends in '.safetensors'"
+    )
