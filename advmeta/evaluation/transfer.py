@@ -164,6 +164,9 @@ def transfer_table(
             records += found
             if index == 0:
                 _add_curves(config, task, entry, path, attack_key, curves)
+        # No later cell has these shapes. A compiled program takes hundreds of memory maps, and
+        # Linux allows a process 65,530: a table of six cells with AutoAttack needs more.
+        jax.clear_caches()
     return records, curves
 
 
