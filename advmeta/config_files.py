@@ -40,12 +40,16 @@ def _build(kind, value, where: str):
         if unknown:
             raise ValueError(f"{where} has {unknown}; {kind.__name__} knows {list(hints)}")
         return kind(**{k: _build(hints[k], v, f"{where}: {k}") for k, v in value.items()})
-    if origin is tuple and isinstance(value, list):
+    if origin is typing.Literal and value not in arguments:
+        raise ValueError(f"{where} must be one of {list(arguments)}, not {value!r}")
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, not {value!r}")
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) != len(value):
             raise ValueError(f"{where} must have {len(kinds)} entries, not {value!r}")
         return tuple(_build(k, v, where) for k, v in zip(kinds, value, strict=True))
-    if kind is pathlib.Path:
+    if kind is pathlib.Path and isinstance(value, str):
         return pathlib.Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
