@@ -15,7 +15,8 @@ from advmeta import data, environment
 from advmeta.attacks.threat_model import ThreatModel
 from advmeta.evaluation.accounting import contributions
 from advmeta.evaluation.ensemble import AutoAttackResult, autoattack, check_evaluation
-from advmeta.named_models import import_model, saved_model
+from advmeta.imports import import_function
+from advmeta.named_models import saved_model
 from advmeta.report import attack_results
 from advmeta.run_folder import Resumable, open_folder, replace_file
 from advmeta.types import Batch, LogitsFn
@@ -124,7 +125,7 @@ def open_target(command: Attack) -> Target:
             f"{command.data}"
         )
     if command.model is not None:
-        model = import_model(command.model)
+        model = import_function(command.model, "model")
     else:
         classes = dataset.num_classes
         model = Partial(*saved_model(command.params, command.optimizee, x.shape[1:], classes))

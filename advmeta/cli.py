@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import operator
@@ -73,9 +74,16 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of ``advmeta``; exits with 2 where the input cannot be."""
+    """Entry point of ``advmeta``.
+
+    It exits with 2 where the input cannot be, with 130 or 143 where SIGINT or SIGTERM stopped a
+    meta-training, and with 1 after any other error.
+    """
     _compile_quickly_on_a_cpu()
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"advmeta {importlib.metadata.version('advmeta')}")
+        return
     console = Console()
     try:
         command = parse(argv)

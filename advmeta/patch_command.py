@@ -11,7 +11,8 @@ from rich.table import Table
 
 from advmeta import data, environment
 from advmeta.attacks.threat_model import ThreatModel
-from advmeta.named_models import import_model, saved_model
+from advmeta.imports import import_function
+from advmeta.named_models import saved_model
 from advmeta.parameter_files import load_any_params, save_params
 from advmeta.patching import PatchReport, patch
 from advmeta.run_folder import Shared, open_folder, replace_file
@@ -82,7 +83,7 @@ def _model(command: Patch, dataset: data.Dataset):
     x = dataset.test.x
     if command.optimizee is not None:
         return saved_model(command.params, command.optimizee, x.shape[1:], dataset.num_classes)
-    apply, params = import_model(command.model), load_any_params(command.params)
+    apply, params = import_function(command.model, "model"), load_any_params(command.params)
     try:
         jax.eval_shape(apply, params, x[:1])
     except Exception as error:  # the user's function may raise anything

@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from advmeta.attacks.threat_model import ThreatModel
 from advmeta.attacks.validation import check_attack_inputs
 from advmeta.held_out import Accuracy, held_out_accuracy
+from advmeta.imports import is_import_name
 from advmeta.meta_optimizer.pretrained import load_card, load_meta_optimizer
 from advmeta.tasks import Task, take
 from advmeta.types import Array, Batch, Key, Optimizee, Params, PyTree
@@ -193,6 +194,10 @@ def _resolve(
     meta_optimizer, steps: int | None, threat_model: ThreatModel
 ) -> tuple[optax.GradientTransformation, int, str]:
     """The optimizer, its steps, and what is said of a use that its training did not cover."""
+    if not isinstance(meta_optimizer, optax.GradientTransformation) and is_import_name(
+        str(meta_optimizer)
+    ):
+        meta_optimizer = load_meta_optimizer(meta_optimizer)
     if isinstance(meta_optimizer, optax.GradientTransformation):
         if steps is None:
             raise ValueError("steps=None is for a pretrained meta-optimizer: write steps=200, say")

@@ -147,10 +147,10 @@ def test_a_run_is_neither_written_over_nor_taken_up_as_another(at_home, undistur
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "tiny_model.py"}, "must be module:function"),
+        ({"model": "tiny_model.py"}, "must be module:attribute"),
         ({"model": "no_such_model:logits"}, "there is no module 'no_such_model'"),
         ({"model": "tiny_model:logit"}, "there is no 'logit' in "),
-        ({"model": "tiny_model:number"}, "number is of type int; name a function"),
+        ({"model": "tiny_model:number"}, "is of type int; name a function"),
         ({"model": "tiny_model:first"}, "must give one row of logits an example"),
         ({"model": "tiny_model:vector"}, "must give one row of logits an example"),
         ({"more": ["--examples", "7"]}, "examples=7 must be from 1 to 6"),

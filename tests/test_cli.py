@@ -1,5 +1,6 @@
 """The command line: parsing, files written, exit codes."""
 
+import importlib.metadata
 import json
 
 import jax
@@ -35,6 +36,15 @@ def test_the_quick_rows_are_made_by_a_run_and_every_row_by_evaluate():
     assert chosen == ("adam", "free")
 
 
+def test_version_and_help(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"advmeta {importlib.metadata.version('advmeta')}\n"
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([name, "--help"])
+        assert stopped.value.code == 0 and f"Example: advmeta {name}" in capsys.readouterr().out
+
+
 def test_options_reach_the_nested_configs():
     command = cli.parse(["meta-train", "--seed", "5", *TINY])
     assert command.seed == 5
@@ -66,7 +76,7 @@ def test_help_says_how_to_call_it(command, capsys):
         (["meta-train", "--training.truncation", "30"], "truncation=30 must divide"),
         (["evaluate", "--weights", "imagenet"], "'imagenet' is unknown"),
         (["run", "--config", "missing.json"], "cannot be read"),
-        (["evaluate", "--config", "fgsm.json"], "attack='fgsm' is unknown; write 'pgd' or"),
+        (["evaluate", "--config", "fgsm.json"], "attack must be one of ['pgd', 'autoattack'], not 'fgsm'"),
         (
             ["run", "--table.rows", "mart"],
             "rows=['mart'] are unknown; the known ones are ['adam-no",

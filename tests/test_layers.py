@@ -10,7 +10,7 @@ import advmeta
 ROOT = Path(advmeta.__file__).parent
 # From what sees nothing to what sees everything. Those in one set do not see each other.
 LAYERS = [
-    {"types"},
+    {"types", "imports"},
     {"parameter_files"},
     {"data", "optimizees", "attacks", "meta_optimizer"},
     {"tasks"},

@@ -6,8 +6,9 @@ import numpy as np
 
 from advmeta.data.dataset import Dataset, Source, check_labels, draw, to_batch
 from advmeta.data.embedded import EMBEDDED
-from advmeta.data.npz import open_npz
+from advmeta.data.npz import open_arrays, open_npz
 from advmeta.data.tfds import open_tfds
+from advmeta.imports import import_function, is_import_name
 
 
 def load(
@@ -26,7 +27,8 @@ def load(
         "fashion_small" (the first 2,000 and 1,000 images of Fashion-MNIST), which need no network;
         the TFDS name of an image classification data set, such as "fashion_mnist" or "cifar10";
         or the path of an npz file with train_image and test_image ([n, h, w] or [n, h, w, c],
-        uint8, or floats in [0, 1]) and train_label and test_label ([n], integers).
+        uint8, or floats in [0, 1]) and train_label and test_label ([n], integers); or
+        module:function, () -> a dict of those four arrays.
       train_examples: keep this many training examples, drawn at random.
       examples_per_class: or this many of each class.
       seed: of that draw. It changes neither the test set nor what it is drawn from.
@@ -66,4 +68,6 @@ def _open(name: str, data_dir) -> Source:
         return EMBEDDED[name]()
     if name.lower().endswith(".npz"):
         return open_npz(name)
+    if is_import_name(name):
+        return open_arrays(import_function(name, "data")(), name)
     return open_tfds(name, data_dir)

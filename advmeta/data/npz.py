@@ -1,6 +1,7 @@
 """Data sets from an npz file, which may come from anywhere: nothing in it is ever unpickled."""
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -11,7 +12,15 @@ KEYS = ("train_image", "train_label", "test_image", "test_label")
 
 def open_npz(path: str | os.PathLike) -> Source:
     """Reads and checks the four arrays; see `advmeta.data.load`."""
-    arrays = _read(os.fspath(path))
+    return open_arrays(_read(os.fspath(path)), path)
+
+
+def open_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> Source:
+    """Checks the four arrays, wherever they are from; ``path`` is for messages."""
+    missing = [key for key in KEYS if key not in arrays]
+    if missing:
+        raise ValueError(f"{path} lacks {missing}; it must hold {list(KEYS)}, not {list(arrays)}")
+    arrays = {key: np.asarray(arrays[key]) for key in KEYS}
     parts = [_part(arrays, part, path) for part in ("train", "test")]
     shapes = [arrays[f"{part}_image"].shape[1:3] + _channels(arrays[f"{part}_image"])
               for part in ("train", "test")]  # fmt: skip
@@ -32,8 +41,7 @@ def _read(path: str) -> dict[str, np.ndarray]:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it holds a single array")
         with archive:
-            names = archive.files
-            arrays = {key: archive[key] for key in KEYS if key in names}
+            return {key: archive[key] for key in archive.files if key in KEYS}
     # A damaged file can fail in the archive, the compression or the array header, each with errors
     # of its own (BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, ...).
     except Exception as error:
@@ -42,10 +50,6 @@ def _read(path: str) -> dict[str, np.ndarray]:
             "numpy.savez_compressed(path, train_image=..., train_label=..., test_image=..., "
             "test_label=...), without object arrays: they are never unpickled"
         ) from error
-    missing = [key for key in KEYS if key not in arrays]
-    if missing:
-        raise ValueError(f"{path} lacks {missing}; it must hold {list(KEYS)}, and it has {names}")
-    return arrays
 
 
 def _part(arrays: dict[str, np.ndarray], part: str, path) -> Part:

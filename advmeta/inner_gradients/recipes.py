@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from advmeta.imports import import_function, is_import_name
 from advmeta.inner_gradients.basic import InnerGradient, adversarial, clean, replayed
 from advmeta.inner_gradients.divergence import trades, vat
 from advmeta.inner_gradients.low_cost import fgsm_rs, free, yopo
@@ -34,11 +35,14 @@ RECIPES = {
 def by_name(name: str) -> InnerGradient:
     """One of "clean", "adversarial", "replayed", "trades", "fgsm-rs", "free", "yopo" and "vat".
 
-    Each is the function of that name with the constants that `RECIPES` gives it.
+    Each is the function of that name with the constants that `RECIPES` gives it. Or one of one's
+    own, as module:function.
 
     Raises:
       ValueError: another name.
     """
+    if is_import_name(name):
+        return import_function(name, "inner_gradient")
     if name not in RECIPES:
         raise ValueError(f"inner_gradient={name!r} is unknown; the known ones are {list(RECIPES)}")
     return RECIPES[name].inner_gradient

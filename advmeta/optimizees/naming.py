@@ -3,6 +3,7 @@
 import functools
 import re
 
+from advmeta.imports import import_function, is_import_name
 from advmeta.optimizees.convolutional import cnn
 from advmeta.optimizees.fully_connected import linear, mlp
 from advmeta.optimizees.layers import ACTIVATIONS
@@ -17,17 +18,23 @@ def by_name(name: str, num_classes: int = 10) -> Optimizee:
     """The optimizee of a name: its kind, its sizes and, where it is not relu, its activation.
 
     Args:
-      name: "linear", or for instance "mlp-20", "mlp-40-20-tanh", "cnn-16-32", "resnet-16-32".
+      name: "linear", or for instance "mlp-20", "mlp-40-20-tanh", "cnn-16-32", "resnet-16-32"; or
+        module:function, num_classes -> (init, apply).
       num_classes: number of logits.
 
     Raises:
-      ValueError: a name of another form.
+      ValueError: a name of another form, or a function that gives something else.
 
     Example:
       >>> init, apply = advmeta.optimizees.by_name("mlp-40-20-tanh")
       >>> sorted(init(jax.random.key(0), (8, 8, 1)))
       ['layer_0', 'layer_1', 'layer_2']
     """
+    if is_import_name(name):
+        pair = import_function(name, "optimizee")(num_classes)
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(callable, pair))):
+            raise ValueError(f"optimizee={name!r} gave {pair!r}; it must give a pair (init, apply)")
+        return Optimizee(*pair)
     if name == "linear":
         return linear(num_classes)
     activations = "|".join(ACTIVATIONS)

@@ -5,6 +5,7 @@ import pathlib
 
 import optax
 
+from advmeta.imports import import_function, is_import_name
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
 from advmeta.meta_optimizer.weights import load_weights
 
@@ -25,7 +26,8 @@ def load_meta_optimizer(name_or_path: str | os.PathLike) -> optax.GradientTransf
     """A meta-trained optimizer, ready to use: it needs no learning rate.
 
     Args:
-      name_or_path: one of `list_pretrained`, or a .safetensors file with its card beside it.
+      name_or_path: one of `list_pretrained`; a .safetensors file with its card beside it; or
+        module:function, () -> an optax transformation of one's own.
 
     Raises:
       ValueError: an unknown name, or a file that `load_weights` refuses.
@@ -38,6 +40,8 @@ def load_meta_optimizer(name_or_path: str | os.PathLike) -> optax.GradientTransf
       >>> updates, state = step(params, state, params)  # params in the place of a gradient
       >>> params = optax.apply_updates(params, updates)
     """
+    if is_import_name(str(name_or_path)):
+        return import_function(str(name_or_path), "weights")()
     meta_params, config, _ = load_weights(_path(name_or_path))
     return scale_by_meta_optimizer(meta_params, config)
 
