@@ -89,9 +89,16 @@ def main(argv: list[str] | None = None) -> None:
         command = parse(argv)
         folder = _DO[type(command)](command, shlex.join(["advmeta", *argv]), console)
     except ValueError as error:
-        Console(stderr=True).print(f"advmeta: {error}", style="red", markup=False)
+        _complain(error)
         sys.exit(2)
+    except FloatingPointError as error:
+        _complain(error)
+        sys.exit(1)
     console.print(f"written to {folder}", markup=False)
+
+
+def _complain(error: Exception) -> None:
+    Console(stderr=True).print(f"advmeta: {error}", style="red", markup=False)
 
 
 def _compile_quickly_on_a_cpu() -> None:

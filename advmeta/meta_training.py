@@ -18,6 +18,8 @@ from advmeta.tasks import TaskFamily
 from advmeta.types import Array, Key, MetaParams
 from advmeta.unroll import train, with_replay
 
+HOPELESS = 50  # so many outer steps in a row without a finite meta-gradient end a training
+
 
 class TrainingState(NamedTuple):
     """Where a meta-training stands."""
@@ -60,7 +62,8 @@ def meta_train(
 
     Raises:
       ValueError: a configuration that cannot be (see `MetaTrainingConfig`, `TaskFamily`).
-      FloatingPointError: no outer step of the run had a finite meta-gradient.
+      FloatingPointError: no meta-gradient of the last 50 outer steps, or of the whole run, was
+        finite.
 
     Reference:
       Andrychowicz et al. 2016, section 2.1 (arXiv:1606.04474), after Serban et al. 2020.
@@ -119,9 +122,19 @@ def training_states(
                 state = state._replace(best=best, best_robust=accuracy.robust)
         state = state._replace(history=(*state.history, record))
         yield state
-    if sum(record["skipped_steps"] for record in state.history) == config.outer_steps:
+        _check_alive(state.history, chunk, min(HOPELESS, config.outer_steps))
+
+
+def _check_alive(history: tuple[dict, ...], chunk: int, steps: int) -> None:
+    """Raises a FloatingPointError if none of the last ``steps`` outer steps was taken."""
+    records = math.ceil(steps / chunk)
+    last = history[-records:]
+    skipped, lost = (sum(r[name] for r in last) for name in ("skipped_steps", "lost_episodes"))
+    if skipped == records * chunk:
         raise FloatingPointError(
-            "no outer step had a finite meta-gradient: are the data and the model's outputs finite?"
+            f"the meta-gradients of the last {skipped} outer steps were not finite, and {lost} "
+            "episodes lost their parameters in them: are the data and the model's outputs finite, "
+            "and the outer learning rate small enough?"
         )
 
 

@@ -48,19 +48,23 @@ class _Bar:
 
 
 class MetaTrainingProgress(_Bar):
-    """Outer steps, the meta-loss and, now and then, accuracy on the selection tasks."""
+    """Outer steps, the meta-loss, accuracy on the selection tasks, and what went wrong."""
 
     def __init__(self, config: MetaTrainingConfig, console: Console):
         super().__init__("meta-training", config.outer_steps, console)
-        self._accuracy, self._skipped = "", 0
+        self._accuracy, self._skipped, self._lost = "", 0, 0
 
     def update(self, record: dict) -> None:
         self._skipped += record["skipped_steps"]
+        self._lost += record["lost_episodes"]
         if "robust_accuracy" in record:
             clean, robust = record["clean_accuracy"], record["robust_accuracy"]
             self._accuracy = f"  robust {robust:.3f}  clean {clean:.3f}"
-        skipped = f"  skipped {self._skipped}" if self._skipped else ""
-        self.show(record["outer_step"], f"loss {record['meta_loss']:.3f}{self._accuracy}{skipped}")
+        wrong = f"  skipped {self._skipped}" if self._skipped else ""
+        wrong += f"  lost episodes {self._lost}" if self._lost else ""
+        speed = f"  {record['outer_step'] / max(record['seconds'], 1e-9):.1f} steps/s"
+        text = f"loss {record['meta_loss']:.3f}{self._accuracy}{wrong}{speed}"
+        self.show(record["outer_step"], text)
 
 
 class TableProgress(_Bar):

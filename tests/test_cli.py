@@ -76,7 +76,10 @@ def test_help_says_how_to_call_it(command, capsys):
         (["meta-train", "--training.truncation", "30"], "truncation=30 must divide"),
         (["evaluate", "--weights", "imagenet"], "'imagenet' is unknown"),
         (["run", "--config", "missing.json"], "cannot be read"),
-        (["evaluate", "--config", "fgsm.json"], "attack must be one of ['pgd', 'autoattack'], not 'fgsm'"),
+        (
+            ["evaluate", "--config", "fgsm.json"],
+            "attack must be one of ['pgd', 'autoattack'], not 'fgsm'",
+        ),
         (
             ["run", "--table.rows", "mart"],
             "rows=['mart'] are unknown; the known ones are ['adam-no",

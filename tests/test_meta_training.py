@@ -172,7 +172,9 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted():
 def test_a_run_without_a_finite_gradient_says_so(monkeypatch):
     monkeypatch.setattr(meta_training, "evaluate", lambda *_: Accuracy(jnp.ones(()), jnp.ones(())))
     records = []
-    with pytest.raises(FloatingPointError, match="no outer step had a finite meta-gradient"):
+    with pytest.raises(
+        FloatingPointError, match="of the last 4 outer steps were not finite, and 12 epis"
+    ):
         train_tiny(family=WITHOUT_NUMBERS, report=records.append)
     assert [record["skipped_steps"] for record in records] == [1] * 4
     assert [record["lost_episodes"] for record in records] == [CONFIG.lanes] * 4
@@ -266,6 +268,22 @@ def test_a_training_goes_on_from_any_of_its_states_bit_for_bit():
         assert len(rest) == len(whole) - i
         for state, expected in zip(rest, whole[i:], strict=True):
             assert equal(state[:-1], expected[:-1]) and state.history == expected.history
+
+
+def test_a_training_ends_when_it_is_beyond_saving():
+    def history(*skipped):
+        return tuple({"skipped_steps": n, "lost_episodes": 0} for n in skipped)
+
+    check = meta_training._check_alive
+    check(history(10, 10, 10, 10), 10, 50)  # too early to say
+    check(history(10, 9, 10, 10, 10, 10), 10, 50)  # one in the last 50 was taken
+    check(history(5, 5, 4), 5, 13)
+    for hopeless, chunk, steps in (
+        (history(0, 10, 10, 10, 10, 10), 10, 50),
+        (history(5, 5, 5), 5, 13),
+    ):
+        with pytest.raises(FloatingPointError, match="were not finite"):
+            check(hopeless, chunk, steps)
 
 
 def test_outer_steps_are_compiled_once():
