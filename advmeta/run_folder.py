@@ -67,9 +67,9 @@ def open_folder(name: str, command: Shared) -> Iterator[tuple[pathlib.Path, bool
             replace_file(folder / "config.json", config_files.to_json(fresh).encode())
         try:
             yield folder, exists
-        except ValueError:  # nothing has come of it, so the folder does not hold a run
-            if not exists:
-                (folder / "config.json").unlink()
+        except ValueError:
+            if [path.name for path in folder.iterdir()] == ["config.json"]:
+                (folder / "config.json").unlink()  # nothing has come of it: it holds no run
             raise
 
 
@@ -91,7 +91,7 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 def _check_same(command: Shared, folder: pathlib.Path) -> None:
     """Raises a ValueError that lists the options in which the run in the folder differs."""
     earlier = config_files.from_json(type(command), folder / "config.json")
-    differing = _differences(dataclasses.asdict(earlier), dataclasses.asdict(command))
+    differing = differences(dataclasses.asdict(earlier), dataclasses.asdict(command))
     if differing:
         raise ValueError(
             f"{folder} holds a run with {'; '.join(differing)}: give the same options to resume "
@@ -99,14 +99,20 @@ def _check_same(command: Shared, folder: pathlib.Path) -> None:
         )
 
 
-def _differences(earlier: dict, now: dict, prefix: str = "") -> list[str]:
-    """``option=earlier (now: ...)`` for every option that differs, those of nested configs too."""
+def differences(earlier: dict, now: dict, prefix: str = "") -> list[str]:
+    """``option=earlier (now: ...)`` for every option that differs, those of nested configs too.
+
+    Example:
+      >>> from advmeta.run_folder import differences
+      >>> differences({"seed": 0, "training": {"lanes": 4}}, {"seed": 0, "training": {"lanes": 2}})
+      ['training.lanes=4 (now: 2)']
+    """
     found = []
     for name, was in earlier.items():
         if not prefix and name in _OF_THE_CALL:
             continue
         if isinstance(was, dict) and isinstance(now[name], dict):
-            found += _differences(was, now[name], f"{prefix}{name}.")
+            found += differences(was, now[name], f"{prefix}{name}.")
         elif was != now[name]:
             found.append(f"{prefix}{name}={was!r} (now: {now[name]!r})")
     return found

@@ -18,7 +18,7 @@ from advmeta.meta_optimizer.weights import load_weights, save_weights
 from advmeta.meta_training import TrainingState, training_states
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.progress import MetaTrainingProgress
-from advmeta.run_folder import Resumable, replace_file
+from advmeta.run_folder import Resumable, differences, replace_file
 from advmeta.types import MetaParams
 
 _WEIGHTS = "meta_optimizer.safetensors"
@@ -63,12 +63,13 @@ def train_and_save(
     if (folder / "card.json").exists():
         return load_weights(folder / _WEIGHTS)[0]
     made_with, metrics = environment.describe(), []
+    made_by = {"seed": command.seed, "training": json.loads(config_files.to_json(config))}
     with (
         Checkpoints(folder / "checkpoints") as checkpoints,
         MetaTrainingProgress(config, console) as bar,
         _signals() as signals,
     ):
-        start = functools.partial(_take_up, checkpoints, metrics, console)
+        start = functools.partial(_take_up, checkpoints, made_by, metrics, console)
         states = training_states(config, key=jax.random.key(command.seed), start=start)
         state = next(states)
         for record in metrics:
@@ -78,7 +79,8 @@ def train_and_save(
             bar.update(metrics[-1])
             if signals or time.monotonic() - saved >= command.checkpoint_seconds:
                 *arrays, _ = state
-                checkpoints.save(metrics[-1]["outer_step"], arrays, {"metrics": list(metrics)})
+                record = {"made_by": made_by, "metrics": list(metrics)}
+                checkpoints.save(metrics[-1]["outer_step"], arrays, record)
                 saved = time.monotonic()
             if signals:
                 console.print(
@@ -90,10 +92,9 @@ def train_and_save(
     card = {
         "name": folder.name,
         "command": line,
-        "seed": command.seed,
+        **made_by,
         "seconds": metrics[-1]["seconds"],
         **made_with,
-        "training": json.loads(config_files.to_json(config)),
         "selected_at": max(
             (record for record in metrics if "robust_accuracy" in record),
             key=lambda record: record["robust_accuracy"],
@@ -105,15 +106,25 @@ def train_and_save(
 
 
 def _take_up(
-    checkpoints: Checkpoints, metrics: list[dict], console: Console, fresh: TrainingState
-) -> TrainingState:
-    """The state of the newest whole checkpoint, whose records go into ``metrics``; or the fresh."""
+    checkpoints: Checkpoints, made_by: dict, metrics: list[dict], console: Console,
+    fresh: TrainingState,
+) -> TrainingState:  # fmt: skip
+    """The state of the newest whole checkpoint, whose records go into ``metrics``; or the fresh.
+
+    Raises:
+      ValueError: it was written by a run with another seed or configuration.
+    """
     *arrays, _ = fresh
     found = checkpoints.newest(arrays)
     if found is None:
         return fresh
     for damage in found.damaged:
         console.print(f"passed over a damaged checkpoint, {damage}", style="yellow", markup=False)
+    if differing := differences(found.record["made_by"], made_by):
+        raise ValueError(
+            f"the checkpoint in {checkpoints.folder} is of a run with {'; '.join(differing)}: give "
+            "the same options, or another --output"
+        )
     metrics.extend(found.record["metrics"])
     history = ({k: v for k, v in record.items() if k != "seconds"} for record in metrics)
     return TrainingState(*found.arrays, tuple(history))

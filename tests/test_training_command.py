@@ -2,6 +2,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,5 +121,9 @@ def test_a_folder_is_one_runs_alone(home, undisturbed, capsys):
         open_folder("meta-train", command).__enter__()
     os.close(descriptor)
     assert outcome(home / "undisturbed") == undisturbed
+    # Nor is a checkpoint that came into the folder of another run.
+    shutil.copytree(home / "undisturbed" / "checkpoints", home / "foreign" / "checkpoints")
+    code, said = stopped(arguments(home, "foreign", "--training.learning-rate", "0.5"), capsys)
+    assert code == 2 and "of a run with training.learning_rate=0.003 (now: 0.5): give" in said
     code, said = stopped(["meta-train", "--resume"], capsys)
     assert code == 2 and "--resume needs the --output folder" in said
