@@ -1,9 +1,9 @@
 """Checkpoints of a long run: Orbax's, with a digest, so that damage is seen."""
 
-import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 from typing import NamedTuple
 
 import jax
@@ -24,7 +24,6 @@ class Restored(NamedTuple):
     damaged: tuple[str, ...]  # newer checkpoints that could not be read, each with the reason
 
 
-@dataclasses.dataclass(frozen=True)
 class Checkpoints:
     """A folder of checkpoints, each whole or not there at all, of which the newest few are kept.
 
@@ -40,15 +39,12 @@ class Checkpoints:
       (10, [0.0, 1.0, 2.0], {'loss': 0.5})
     """
 
-    folder: pathlib.Path | str
-    _manager: object = dataclasses.field(init=False, repr=False)
-
-    def __post_init__(self):
+    def __init__(self, folder: pathlib.Path | str):
         import orbax.checkpoint as ocp  # only here: it takes most of a second to import
 
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
-        folder = pathlib.Path(self.folder).absolute()
-        object.__setattr__(self, "_manager", ocp.CheckpointManager(folder, options=options))
+        self.folder = pathlib.Path(folder).absolute()
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self):
         return self
@@ -78,23 +74,26 @@ class Checkpoints:
         Args:
           like: arrays, or their shapes, as `save` was given them.
 
+        Damaged ones that are newer are moved beside the folder; if all are, nothing is.
+
         Raises:
           ValueError: there are checkpoints and all are damaged, or one is of other arrays.
         """
         self._manager.wait_until_finished()
-        damaged = []
+        damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 leaves, record = self._read(step)
             except Exception as error:  # whatever Orbax raises on bytes that it did not write
-                damaged.append(f"checkpoint {step}: {_first_line(error)}")
-                self._set_aside(step)
+                damaged[step] = f"checkpoint {step}: {_first_line(error)}"
                 continue
-            return Restored(step, _fill(like, leaves), record, tuple(damaged))
+            for newer in damaged:
+                self._set_aside(newer)
+            return Restored(step, _fill(like, leaves), record, tuple(damaged.values()))
         if damaged:
             raise ValueError(
-                f"no checkpoint in {self.folder} is whole ({'; '.join(damaged)}): remove the "
-                "folder of the run to start anew"
+                f"no checkpoint in {self.folder} is whole ({'; '.join(damaged.values())}): remove "
+                "the folder of the run to start anew"
             )
         return None
 
@@ -110,8 +109,10 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         """Out of the way of the checkpoint that the run will write at this step again."""
-        folder = pathlib.Path(self._manager.directory)
-        (folder / str(step)).rename(folder.with_name(f"{folder.name}-damaged-{step}"))
+        aside = self.folder.with_name(f"{self.folder.name}-damaged-{step}")
+        if aside.exists():  # the step was damaged once before
+            shutil.rmtree(aside)
+        (self.folder / str(step)).rename(aside)
         self._manager.reload()
 
 

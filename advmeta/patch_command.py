@@ -1,7 +1,6 @@
 """`advmeta patch`: makes the model of some files more robust, and writes its parameters."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 
@@ -62,14 +61,13 @@ def patch_files(command: Patch, line: str, console: Console) -> pathlib.Path:
     apply, params = _model(command, dataset)
     draw_key, patch_key = jax.random.split(jax.random.key(command.seed))
     x, y = _some(dataset.train, command, draw_key)
-    run = functools.partial(
-        patch, apply, params, x, y, threat_model=ThreatModel(command.norm, command.epsilon),
-        key=patch_key, meta_optimizer=command.weights, steps=command.steps,
-        held_out=dataset.test, max_clean_drop=command.max_clean_drop,
-    )  # fmt: skip
     with open_folder("patch", command) as (folder, _):
         with console.status("patching"):
-            patched, report = run()
+            patched, report = patch(
+                apply, params, x, y, threat_model=ThreatModel(command.norm, command.epsilon),
+                key=patch_key, meta_optimizer=command.weights, steps=command.steps,
+                held_out=dataset.test, max_clean_drop=command.max_clean_drop,
+            )  # fmt: skip
         save_params(folder / "patched.safetensors", patched)
         results = {"command": line, **_plain(report), **environment.describe()}
         replace_file(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())

@@ -105,8 +105,18 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder, damage):
 def test_where_all_are_damaged_it_says_so(folder):
     for path in folder.glob("*/about/metadata"):
         path.write_text("{")
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole \(checkpoint 5: "):
-        newest(folder)
+    for _ in range(2):  # it does not take the second look for a fresh start
+        with pytest.raises(ValueError, match=r"no checkpoint in .* is whole \(checkpoint 5: "):
+            newest(folder)
+
+
+def test_a_step_may_be_damaged_again(folder):
+    for content in (7, 8):
+        (folder / "5" / "about" / "metadata").write_text("{")
+        assert newest(folder).step == 4
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(5, at(content), {})
+    assert same(newest(folder).arrays, at(8))
 
 
 @pytest.mark.parametrize(
