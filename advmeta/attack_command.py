@@ -18,6 +18,8 @@ from advmeta.evaluation.ensemble import AutoAttackResult, autoattack, check_eval
 from advmeta.imports import import_function
 from advmeta.named_models import saved_model
 from advmeta.report import attack_results
+from advmeta.report.figures import to_png
+from advmeta.report.images import image_grid
 from advmeta.run_folder import Resumable, open_folder, replace_file
 from advmeta.types import Batch, LogitsFn
 
@@ -193,4 +195,4 @@ def _images(
     x = np.asarray(target.batch.x)
     x_adv = np.asarray(result.x_adv).reshape(-1, *x.shape)[epsilons.index(max(epsilons))]
     names = [f"{e['label']}\n{e['broken_by']}\n{e['distance']:.3g}" for e in broken]
-    return attack_results.image_grid(x[index], x_adv[index], names)
+    return to_png(image_grid(x[index], x_adv[index], names))

@@ -15,7 +15,8 @@ import pytest
 import advmeta
 from advmeta import cli
 from advmeta.attack_command import Attack, open_target
-from advmeta.report import attack_results
+from advmeta.report.figures import to_png
+from advmeta.report.images import image_grid
 from advmeta.run_folder import open_folder
 
 MODEL = """
@@ -204,7 +205,7 @@ def test_the_grid_shows_the_difference_at_full_contrast():
 
     x = np.full((1, 4, 4, 1), 0.5, np.float32)
     sign = np.where(np.arange(4) < 2, 1, -1)[None, :, None, None]
-    png = attack_results.image_grid(x, x + 0.1 * sign, ["3"])
+    png = to_png(image_grid(x, x + 0.1 * sign, ["3"]))
     pixels = np.asarray(Image.open(BytesIO(png)).convert("L")).astype(int)
     black, light = (pixels == 0).sum(), (abs(pixels - 153) <= 1).sum()
     assert black > 1000 and abs(black - light) < 0.05 * black

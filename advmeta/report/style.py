@@ -83,6 +83,14 @@ CLEAN = Look("clean", (5, 2), "o", False)
 ROBUST = Look("meta", None, "o", False)
 
 
+def nth_look(place: int, color: str | None = None) -> Look:
+    """For lines that are no rows: another colour for each, and then another dash; or that colour
+    and another dash for each."""
+    names = ("meta", "clean", "adversarial", "noisy", "other") if color is None else (color,)
+    turn, which = divmod(place, len(names))
+    return Look(names[which], DASHES[turn % len(DASHES)], "o", False)
+
+
 def looks(rows: Iterable[Row]) -> dict[Row, Look]:
     """A look for every row, in the order of the table."""
     rows = in_order(rows)
