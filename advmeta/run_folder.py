@@ -124,7 +124,7 @@ def differences(earlier: dict, now: dict, prefix: str = "") -> list[str]:
 
 
 # These do not change what comes out.
-_OF_THE_CALL = ("output", "config", "resume", "checkpoint_seconds")
+_OF_THE_CALL = ("output", "config", "resume", "checkpoint_seconds", "tensorboard")
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
