@@ -3,10 +3,12 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from advmeta.attacks.projected_gradient import pgd
 from advmeta.inner_gradients import attacked, mean_cross_entropy
+from advmeta.notebook import html_table
 from advmeta.tasks import Task, draw
 from advmeta.types import Array, Key, Params
 
@@ -23,6 +25,10 @@ class Accuracy(NamedTuple):
 
     clean: Array  # classified as their label
     robust: Array  # and still so after the attack
+
+    def _repr_html_(self) -> str:
+        shares = [float(v) if jnp.ndim(v) == 0 else v for v in self]
+        return html_table(("clean accuracy", "robust accuracy"), [shares])
 
 
 def held_out_loss(task: Task, params: Params, key: Key, *, attack_steps: int) -> HeldOutLoss:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from advmeta import inner_gradients
+from advmeta.attacks.validation import check_attack_inputs
 from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
@@ -100,6 +101,8 @@ def training_states(
     """
     families = families or tuple(task.build() for task in config.tasks)
     selection = selection or tuple(task.build() for task in config.selection)
+    for family in (*families, *selection):
+        _check_fit(family)
     outer_optimizer = outer_optimizer or default_outer_optimizer(config)
     init_key, replay_key, selection_key = jax.random.split(key, 3)
     if config.inner_gradient == "replayed":
@@ -123,6 +126,16 @@ def training_states(
         state = state._replace(history=(*state.history, record))
         yield state
         _check_alive(state.history, chunk, min(HOPELESS, config.outer_steps))
+
+
+def _check_fit(family: TaskFamily) -> None:
+    """Raises a ValueError if the pool is outside of the bounds, or not what the model is for."""
+
+    def fresh_model(x: Array) -> Array:
+        init, apply = family.optimizee
+        return apply(init(jax.random.key(0), x.shape[1:]), x)
+
+    check_attack_inputs(fresh_model, *family.pool, family.threat_model)
 
 
 def _check_alive(history: tuple[dict, ...], chunk: int, steps: int) -> None:

@@ -16,6 +16,7 @@ from advmeta.attacks.validation import check_attack_inputs
 from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.imports import is_import_name
 from advmeta.meta_optimizer.pretrained import load_card, load_meta_optimizer
+from advmeta.notebook import html_table
 from advmeta.tasks import Task, take
 from advmeta.types import Array, Batch, Key, Optimizee, Params, PyTree
 from advmeta.unroll import InnerState, unroll
@@ -39,6 +40,15 @@ class PatchReport(NamedTuple):
     gradient_evaluations: int  # of a batch, forward and backward; none is of adversarial examples
     seconds: float  # of everything, the accuracies and compiling included
     note: str  # what a user should know, else ""
+
+    def _repr_html_(self) -> str:
+        rows = (("before", *self.before), ("after", *self.after))
+        cost = (
+            f"{self.steps} steps, {self.gradient_evaluations} gradient evaluations, "
+            f"{self.seconds:.1f} s; the parameters moved by {self.distance:.1%}"
+        )
+        note = ". ".join(filter(None, (cost, self.note)))
+        return html_table(("", "clean accuracy", "robust accuracy"), rows, note)
 
 
 def patch(
@@ -104,11 +114,15 @@ def patch(
     optimizer, steps, note = _resolve(meta_optimizer, steps, threat_model)
     if max_clean_drop is not None and max_clean_drop < 0:
         raise ValueError(f"max_clean_drop={max_clean_drop} must be at least 0, such as 0.03")
-    x, y = check_attack_inputs(Partial(apply, params), x, y, threat_model)
+    check = functools.partial(
+        check_attack_inputs, Partial(apply, params), threat_model=threat_model
+    )
+    x, y = check(x, y)
+    held_out = None if held_out is None else check(*held_out)
     split_key, patch_key, attack_key = jax.random.split(key, 3)
     train, held_out = _split(Batch(x, y), held_out, split_key)
     trainable, apply_trainable = _floating_part(apply, params)
-    task = Task(train, Batch(*held_out), threat_model, Optimizee(_no_init, apply_trainable),
+    task = Task(train, held_out, threat_model, Optimizee(_no_init, apply_trainable),
                 batch_size)  # fmt: skip
     allowed = jnp.inf if max_clean_drop is None else max_clean_drop
     checks = max(n for n in range(1, CHECKS + 1) if steps % n == 0)
@@ -234,7 +248,7 @@ def _outcome(taken: int, steps: int, max_clean_drop: float | None) -> str:
     return f"stopped after {taken} of {steps} steps: later parameters {why}"
 
 
-def _split(examples: Batch, held_out, key: Key) -> tuple[Batch, Batch]:
+def _split(examples: Batch, held_out: Batch | None, key: Key) -> tuple[Batch, Batch]:
     if held_out is not None:
         return examples, held_out
     n = len(examples.y)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from advmeta import data, optimizees
 from advmeta.attacks.threat_model import ThreatModel
+from advmeta.attacks.validation import check_arrays
 from advmeta.types import Array, Batch, Key, Optimizee
 
 
@@ -28,7 +29,8 @@ class Task:
       replay: train.x attacked once, for another model, or None; see `inner_gradients.replayed`.
 
     Raises:
-      ValueError: the batch is larger than the training set.
+      ValueError: the batch is larger than the training set, or what is in train or held_out is no
+        batch of examples with their labels.
     """
 
     train: Batch
@@ -39,8 +41,10 @@ class Task:
     replay: Array | None = None
 
     def __post_init__(self):
-        if _holds_arrays(self.train):
-            check_batch_size(self.batch_size, self.train.y.shape[-1])
+        if not _is_placeholder(self.train):
+            for part in (self.train, self.held_out):
+                check_arrays(*part)
+            check_batch_size(self.batch_size, jnp.shape(self.train.y)[-1])
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +83,10 @@ class TaskFamily:
 
     def __post_init__(self):
         check_batch_size(self.batch_size, self.train_examples)
-        available = self.pool.y.shape[0] if _holds_arrays(self.pool) else self.train_examples + 1
+        if _is_placeholder(self.pool):
+            return
+        check_arrays(*self.pool)
+        available = self.pool.y.shape[0]
         if self.train_examples >= available:
             raise ValueError(
                 f"train_examples={self.train_examples} of a pool of {available} leave none to hold "
@@ -161,6 +168,6 @@ def check_batch_size(batch_size: int, available: int) -> None:
         )
 
 
-def _holds_arrays(batch) -> bool:
-    """False for the placeholders that tree transformations put in place of arrays."""
-    return isinstance(batch, Batch) and hasattr(batch.y, "shape")
+def _is_placeholder(batch) -> bool:
+    """Whether a tree transformation put something else in place of the arrays."""
+    return not isinstance(batch, Batch) or any(type(leaf) is object for leaf in batch)

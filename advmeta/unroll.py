@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
+from jax.tree_util import Partial
 
+from advmeta.attacks.validation import check_attack_inputs
 from advmeta.inner_gradients import (
     CONSTANT,
     InnerGradient,
@@ -47,8 +49,15 @@ def init_inner(
     key: Key,
     inner_gradient: InnerGradient = clean,
 ) -> InnerState:
-    """Fresh parameters, and fresh states of the optimizer and the inner gradient."""
+    """Fresh parameters, and fresh states of the optimizer and the inner gradient.
+
+    Raises:
+      ValueError: the task's examples are outside of the threat model's bounds, or their labels or
+        shapes do not fit the model.
+    """
     params = task.optimizee.init(key, task.train.x.shape[1:])
+    for part in (task.train, task.held_out):
+        check_attack_inputs(Partial(task.optimizee.apply, params), *part, task.threat_model)
     gradient_state = stateful(inner_gradient).init(task)
     return InnerState(params, optimizer.init(params), jnp.zeros([], jnp.int32), gradient_state)
 

@@ -10,7 +10,7 @@ import advmeta
 ROOT = Path(advmeta.__file__).parent
 # From what sees nothing to what sees everything. Those in one set do not see each other.
 LAYERS = [
-    {"types", "imports"},
+    {"types", "imports", "notebook"},
     {"parameter_files"},
     {"data", "optimizees", "attacks", "meta_optimizer"},
     {"tasks"},
@@ -23,9 +23,9 @@ LAYERS = [
     {"meta_training"},
     {"evaluation"},
     {"report"},
-    {"config_files", "environment", "named_models", "progress"},  # of the command line
+    {"config_files", "environment", "event_log", "named_models", "progress"},  # of the command line
     {"run_folder"},
-    {"attack_command", "patch_command", "training_command"},
+    {"attack_command", "patch_command", "table_command", "training_command"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -22,6 +22,7 @@ from advmeta.meta_training import meta_train, training_states
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.outer_step import OuterState, init_outer, new_lane, outer_steps, run_truncation
 from advmeta.tasks import TaskConfig, draw
+from advmeta.types import Optimizee
 
 KEY = jax.random.key(0)
 CONFIG = MetaTrainingConfig(
@@ -171,11 +172,13 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted():
 
 def test_a_run_without_a_finite_gradient_says_so(monkeypatch):
     monkeypatch.setattr(meta_training, "evaluate", lambda *_: Accuracy(jnp.ones(()), jnp.ones(())))
-    records = []
+    init, apply = FAMILY.optimizee
+    broken = Optimizee(init, lambda params, x: jnp.nan * apply(params, x))
+    family, records = dataclasses.replace(FAMILY, optimizee=broken), []
     with pytest.raises(
         FloatingPointError, match="of the last 4 outer steps were not finite, and 12 epis"
     ):
-        train_tiny(family=WITHOUT_NUMBERS, report=records.append)
+        train_tiny(family=family, report=records.append)
     assert [record["skipped_steps"] for record in records] == [1] * 4
     assert [record["lost_episodes"] for record in records] == [CONFIG.lanes] * 4
 

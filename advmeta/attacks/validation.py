@@ -49,7 +49,7 @@ def check_attack_inputs(logits_fn: LogitsFn, x, y, threat_model: ThreatModel) ->
             f"epsilon has shape {jnp.shape(threat_model.epsilon)}; it must be one number, "
             f"or one an example: shape {y.shape}"
         )
-    logits = jax.eval_shape(logits_fn, x)
+    logits = _logits_shape(logits_fn, x)
     if not hasattr(logits, "shape") or len(logits.shape) != 2 or logits.shape[0] != x.shape[0]:
         raise ValueError(
             f"logits_fn gave {getattr(logits, 'shape', type(logits))} for x of shape {x.shape}; it "
@@ -59,26 +59,82 @@ def check_attack_inputs(logits_fn: LogitsFn, x, y, threat_model: ThreatModel) ->
     return Batch(x, y)
 
 
+def _logits_shape(logits_fn: LogitsFn, x: Array):
+    try:
+        return jax.eval_shape(logits_fn, x)
+    except (TypeError, ValueError) as error:  # as JAX raises them for shapes that do not fit
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"logits_fn fails on x of shape {x.shape} and dtype {x.dtype}: {reason}; is it a model "
+            "of such examples?"
+        ) from error
+
+
 def check_batch(x, y, bounds: tuple[float, float]) -> Batch:
     """Checks examples and labels without a model; see `check_attack_inputs`."""
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    if x.ndim < 2 or x.shape[0] == 0:
+    x, y = check_arrays(x, y)
+    if y.ndim != 1 or y.shape[0] == 0:
         raise ValueError(
             f"x has shape {x.shape}; it must be a batch [n, ...] with at least one example: "
             "for a single one write x[None]"
         )
+    if not isinstance(x, jax.core.Tracer):
+        _check_values(np.asarray(x), bounds)
+    return Batch(jnp.asarray(x), jnp.asarray(y))
+
+
+def check_arrays(x, y) -> Batch:
+    """Checks what can be said without bounds and a model; x [..., n, ...] may be many batches.
+
+    Returns:
+      x as float32, or float64 if that is what it is, and y as int32.
+
+    Raises:
+      ValueError: x or y is no array of numbers, x holds none, y is not of an integer dtype or does
+        not belong to x.
+    """
+    x, y = _numbers(x, "x"), _numbers(y, "labels")
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.kind in "iub"):
+        raise ValueError(f"x has dtype {x.dtype}; it must hold real numbers, such as float32")
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise ValueError(
             f"labels have dtype {y.dtype}; they must be class numbers of an integer dtype: "
             "y.astype('int32'), or y.argmax(-1) if they are one-hot"
         )
-    if y.shape != x.shape[:1]:
+    if x.ndim < 2 or x.size == 0:
+        raise ValueError(
+            f"x has shape {x.shape}; it must be a batch [n, ...] with at least one example: "
+            "for a single one write x[None]"
+        )
+    if y.ndim == 0 or y.ndim >= x.ndim or x.shape[: y.ndim] != y.shape:
         raise ValueError(f"x has {x.shape[0]} examples but labels have shape {y.shape}")
-    if not isinstance(x, jax.core.Tracer):
-        _check_values(np.asarray(x), bounds)
-    # Integer images would pass a [0, 1] check only as 0s and 1s; attacks need floats all the same.
+    # Integer images would pass a [0, 1] check only as 0s and 1s; attacks need floats all the same,
+    # and half precision would lose their smaller steps.
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+    dtype = jnp.promote_types(dtype, jnp.float32)
     return Batch(x.astype(dtype), y.astype(jnp.int32))
+
+
+def _numbers(value, what: str) -> np.ndarray | Array:
+    """A JAX array as it is, anything else as NumPy sees it."""
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"{what} cannot be made an array: {error}") from error
+    if array.dtype.kind not in "fiubc" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"{what} is of type {type(value).__name__} and dtype {array.dtype}; it must be an "
+            "array of numbers"
+        )
+    if (
+        array.dtype.kind in "iu"
+        and array.size
+        and not -(2**31) <= array.min() <= array.max() < 2**31
+    ):
+        raise ValueError(f"{what} holds numbers up to {array.max()}: JAX would cut them to 32 bits")
+    return array
 
 
 def _check_values(x: np.ndarray, bounds: tuple[float, float]) -> None:

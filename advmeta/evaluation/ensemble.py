@@ -15,11 +15,12 @@ from jax.tree_util import Partial
 from advmeta.attacks import ThreatModel, average_logits
 from advmeta.attacks.validation import Note, as_partial, check_attack_inputs
 from advmeta.evaluation import ledger as books
-from advmeta.evaluation.accounting import Passes, count_passes
+from advmeta.evaluation.accounting import Passes, contributions, count_passes
 from advmeta.evaluation.ledger import Ledger, State
 from advmeta.evaluation.sanity.probes import warn_of_probabilities
 from advmeta.evaluation.survivors import Diary, Task, bucket_size, evaluate
 from advmeta.evaluation.versions import EOT_SAMPLES, Attacks, attack_list
+from advmeta.notebook import html_table
 from advmeta.types import Array, Key, LogitsFn
 
 
@@ -37,6 +38,15 @@ class AutoAttackResult(NamedTuple):
     ]  # by attack, compilation included; of this call, where one was resumed
     evaluations: dict[str, Passes]  # by attack of the package, at most: see `accounting.passes`
     note: Note  # what was done otherwise than asked, e.g. for want of classes
+
+    def _repr_html_(self) -> str:
+        points = contributions(self.ledger, (0.0,) if self.epsilons is None else self.epsilons)
+        rows: list[tuple] = [("nothing", "", self.clean_accuracy)]
+        for point in points:
+            at = "" if self.epsilons is None else f" at epsilon {point['epsilon']:.3g}"
+            rows += [(name + at, broken, "") for name, broken in point["broken"].items()]
+            rows += [("all" + at, "", point["robust_accuracy"])]
+        return html_table(("attack", "breaks", "accuracy"), rows, self.note)
 
 
 def autoattack(

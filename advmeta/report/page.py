@@ -6,11 +6,12 @@ import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 
+from advmeta.evaluation.sanity.checks import COLUMNS, Check, cells
 from advmeta.report.figures import Plot, to_svg
 from advmeta.report.folder import Run
 from advmeta.report.records import SAME, Cell, Row, Transfer, column_of, flat, row_of, transfer
 from advmeta.report.style import Look, css_variables
-from advmeta.report.tables import CHECK_COLUMNS, COSTS, check_cells
+from advmeta.report.tables import COSTS
 
 PX = 96 * 1.15  # CSS pixels that an inch of a panel may take
 SHAPES = {  # of the markers, in a box of 10
@@ -153,10 +154,10 @@ def _cell(cell: Cell | None) -> str:
 
 def _checks(records: Sequence[Mapping]) -> str:
     """What the checks found; those that failed stand out."""
-    heads = "".join(f'<th scope="col">{name}</th>' for name, _ in CHECK_COLUMNS)
+    heads = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS)
     lines = [
         f"<tr{' class=meta' if record['passed'] is False else ''}>"
-        + "".join(f"<td>{_text(text)}</td>" for text in check_cells(record))
+        + "".join(f"<td>{_text(text)}</td>" for text in cells(Check(**record)))
         + "</tr>\n"
         for record in records
     ]

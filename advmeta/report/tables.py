@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from advmeta.evaluation.sanity.checks import COLUMNS, Check
+from advmeta.evaluation.sanity.checks import cells as check_cells
 from advmeta.report.records import Cell, Transfer, transfer
 
 if TYPE_CHECKING:
@@ -141,26 +143,13 @@ def checks(records: Sequence[Mapping]) -> Table:
     from rich.text import Text
 
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name, justify in CHECK_COLUMNS:
-        made.add_column(name, justify=justify)
+    for name in COLUMNS:
+        made.add_column(name, justify="right" if name in ("#", "value", "allowed") else "left")
     for record in records:
-        *cells, note = check_cells(record)
+        *cells, note = check_cells(Check(**record))
         style = {True: None, False: "bold red", None: "dim"}[record["passed"]]
         made.add_row(*map(Text, cells), Text("" if record["passed"] else note), style=style)
     return made
-
-
-CHECK_COLUMNS = (("#", "right"), ("sanity check", "left"), ("value", "right"),
-                 ("allowed", "right"), ("verdict", "left"), ("note", "left"))  # fmt: skip
-
-
-def check_cells(record: Mapping) -> tuple[str, ...]:
-    """The texts of `CHECK_COLUMNS`."""
-    value, threshold = (
-        "-" if record[name] is None else f"{record[name]:.3g}" for name in ("value", "threshold")
-    )
-    verdict = {True: "pass", False: "FAIL", None: "left out"}[record["passed"]]
-    return str(record["number"]), record["name"], value, threshold, verdict, record["note"]
 
 
 def _in_markdown(cell: Cell | None) -> str:

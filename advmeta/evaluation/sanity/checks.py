@@ -12,6 +12,7 @@ from advmeta.attacks.threat_model import ORDERS, ThreatModel
 from advmeta.attacks.validation import as_partial, check_attack_inputs
 from advmeta.evaluation.sanity import probes
 from advmeta.evaluation.sanity.attempts import Attempts, attempt_all, misjudged_planes
+from advmeta.notebook import html_table
 from advmeta.types import Array, Batch, Key, LogitsFn
 
 # AutoAttack, checks.py
@@ -43,6 +44,23 @@ class Check(NamedTuple):
     note: str  # what the value is, and what to do where it is too high
 
 
+COLUMNS = ("#", "sanity check", "value", "allowed", "verdict", "note")
+
+
+def cells(check: Check) -> tuple[str, ...]:
+    """The texts of `COLUMNS`."""
+    value, threshold = ("-" if v is None else f"{v:.3g}" for v in (check.value, check.threshold))
+    verdict = {True: "pass", False: "FAIL", None: "left out"}[check.passed]
+    return str(check.number), check.name, value, threshold, verdict, check.note
+
+
+class Checks(list):
+    """A list of `Check`."""
+
+    def _repr_html_(self) -> str:
+        return html_table(COLUMNS, map(cells, self))
+
+
 def sanity_checks(
     logits_fn: LogitsFn,
     x: Array,
@@ -54,7 +72,7 @@ def sanity_checks(
     restarts: int = 3,
     examples: int = 128,
     surrogate: LogitsFn | None = None,
-) -> list[Check]:
+) -> Checks:
     """Asks whether robust accuracy under PGD is the model's doing or a weak attack's.
 
     ``passed = value <= threshold``
@@ -120,7 +138,7 @@ def sanity_checks(
                "share of examples at known distances of a plane that PGD takes for others"),
         *_left_out(),
     ]  # fmt: skip
-    return sorted(checks, key=lambda check: check.number)
+    return Checks(sorted(checks, key=lambda check: check.number))
 
 
 def _spread(batch: Batch, threat_model: ThreatModel, examples: int) -> tuple[Batch, ThreatModel]:
