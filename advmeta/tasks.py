@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from advmeta import data, optimizees
 from advmeta.attacks.threat_model import ThreatModel
-from advmeta.types import Array, Batch, Key, Optimizee
+from advmeta.types import Array, Batch, Key, Norm, Optimizee
 
 
 def _static(**kwargs):
@@ -38,7 +38,7 @@ class Task:
     batch_size: int = _static(default=128)
     replay: Array | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if _holds_arrays(self.train):
             check_batch_size(self.batch_size, self.train.y.shape[-1])
 
@@ -77,7 +77,7 @@ class TaskFamily:
     batch_size: int = _static(default=128)
     replay: Array | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_batch_size(self.batch_size, self.train_examples)
         available = self.pool.y.shape[0] if _holds_arrays(self.pool) else self.train_examples + 1
         if self.train_examples >= available:
@@ -118,10 +118,10 @@ class TaskConfig:
     optimizee: str = "mlp-20"
     train_examples: int = 500
     batch_size: int = 128
-    norm: str = "linf"
+    norm: Norm = "linf"
     epsilon: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ThreatModel(self.norm, self.epsilon)
         optimizees.by_name(self.optimizee)
         check_batch_size(self.batch_size, self.train_examples)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import Partial
 
 from advmeta.attacks.threat_model import ThreatModel
@@ -74,7 +75,7 @@ def check_batch(x, y, bounds: tuple[float, float]) -> Batch:
         )
     if y.shape != x.shape[:1]:
         raise ValueError(f"x has {x.shape[0]} examples but labels have shape {y.shape}")
-    if not isinstance(x, jax.core.Tracer):
+    if not isinstance(x, Tracer):
         _check_values(np.asarray(x), bounds)
     # Integer images would pass a [0, 1] check only as 0s and 1s; attacks need floats all the same.
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
@@ -95,11 +96,11 @@ def _check_values(x: np.ndarray, bounds: tuple[float, float]) -> None:
 
 
 def _check_label_range(y: Array, classes: int) -> None:
-    if isinstance(y, jax.core.Tracer):
+    if isinstance(y, Tracer):
         return
-    y = np.asarray(y)  # inside a jit even the minimum of a known array is traced
-    if y.min() < 0 or y.max() >= classes:
+    labels = np.asarray(y)  # inside a jit even the minimum of a known array is traced
+    if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
-            f"labels lie in [{y.min()}, {y.max()}] but the model has {classes} classes, "
+            f"labels lie in [{labels.min()}, {labels.max()}] but the model has {classes} classes, "
             f"0 to {classes - 1}"
         )
