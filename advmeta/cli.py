@@ -10,7 +10,7 @@ import os
 import pathlib
 import shlex
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import optax
@@ -115,7 +115,7 @@ def parse(argv: list[str]) -> Run | MetaTrain | Evaluate | Patch | Attack:
         Annotated[kind, tyro.conf.subcommand(name, default=_default(kind, name, argv))]
         for name, kind in COMMANDS.items()
     ]
-    union = functools.reduce(operator.or_, kinds)
+    union: Any = functools.reduce(operator.or_, kinds)
     description = "Learned optimizers that train robust models on clean data."
     return tyro.cli(union, args=argv, prog="advmeta", description=description)
 
@@ -171,7 +171,8 @@ def _make_table(
     console: Console,
 ) -> None:
     """Makes, prints and writes the transfer table and the page; `evaluate` also checks it."""
-    key, models = jax.random.key(command.seed), []
+    key = jax.random.key(command.seed)
+    models: list[tuple[Task, PyTree]] = []
 
     def keep(entry: Entry, task: Task, params: PyTree) -> None:
         if entry.optimizer == "meta-optimizer":

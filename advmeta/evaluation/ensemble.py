@@ -5,7 +5,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +41,14 @@ class AutoAttackResult(NamedTuple):
 
 def autoattack(
     logits_fn: LogitsFn,
-    x: Array,
-    y: Array,
+    x: Array | np.ndarray,
+    y: Array | np.ndarray,
     *,
     threat_model: ThreatModel,
     key: Key,
     version: str = "standard",
     batch_size: int = 256,
-    attacks: Sequence | None = None,
+    attacks: Sequence[Any] | None = None,
     epsilons: Sequence[float] | None = None,
     state_path: str | Path | None = None,
     progress: bool = False,

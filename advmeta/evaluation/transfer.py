@@ -5,7 +5,7 @@ import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,11 @@ from advmeta.evaluation.stronger import with_autoattack
 from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.inner_gradients import RECIPES, InnerGradient, Recipe, clean
 from advmeta.tasks import Task
-from advmeta.types import Array, Key, PyTree
+from advmeta.types import Array, Key, Norm, PyTree
 from advmeta.unroll import train
 
 Progress = Callable[[str], None]
-Make = Callable[[Choice | None, Task], tuple[optax.GradientTransformation, InnerGradient]]
+Make = Callable[[Any, Task], tuple[optax.GradientTransformation, InnerGradient]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Cell:
     dataset: str
     optimizee: str
     epsilon: float
-    norm: str = "linf"
+    norm: Norm = "linf"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ThreatModel(self.norm, self.epsilon)
         optimizees.by_name(self.optimizee)
 
@@ -91,7 +91,7 @@ class TransferConfig:
     attack_steps: int = 40
     restarts: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = [name for name in self.rows if name not in ROWS]
         if unknown:
             raise ValueError(f"rows={unknown} are unknown; the known ones are {list(ROWS)}")
@@ -139,7 +139,9 @@ def transfer_table(
       training ("learning") and robust accuracy against epsilon ("epsilon").
     """
 
-    def ours(choice: None, task: Task) -> tuple[optax.GradientTransformation, InnerGradient]:
+    def ours(
+        choice: Choice | None, task: Task
+    ) -> tuple[optax.GradientTransformation, InnerGradient]:
         return meta_optimizer, clean
 
     records, curves = [], {"learning": [], "epsilon": []}

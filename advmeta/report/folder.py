@@ -5,7 +5,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FILES = ("config.json", "card.json", "metrics.jsonl", "results.json", "curves.json", "sanity.json")
 
@@ -22,7 +22,7 @@ class Run(NamedTuple):
     sanity: list[dict]
 
 
-def write(folder: str | os.PathLike) -> pathlib.Path:
+def write(folder: str | os.PathLike[str]) -> pathlib.Path:
     """Writes the plots and the page of a run into its folder.
 
     The page holds all that it shows and asks for nothing from elsewhere. A part whose file is
@@ -80,7 +80,7 @@ def read(folder: pathlib.Path) -> Run:
     return Run(folder.resolve().name, config, card, metrics, results, curves, sanity)
 
 
-def _load(path: pathlib.Path, parse: Callable[[str], object], kind: type):
+def _load(path: pathlib.Path, parse: Callable[[str], object], kind: type) -> Any:
     if not path.is_file():
         return kind()
     try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -82,7 +82,7 @@ def _band(records: Sequence[Mapping]) -> str:
 
 
 def _curves(
-    title: str, x_name: str, records: Sequence[Mapping], x: str, y: str, marks: Sequence = ()
+    title: str, x_name: str, records: Sequence[Mapping], x: str, y: str, marks: Collection = ()
 ) -> Panel:
     """One curve a row: the mean over its seeds, in a band of one standard deviation."""
     appearance = looks(map(row_of, records))
@@ -140,7 +140,7 @@ def _series(title: str, metrics: Sequence[Mapping], keys: Mapping[str, Look]) ->
     def draw(ax: Axes) -> None:
         for key, look in keys.items():
             xs, ys = points(key)
-            style = look.line | {"linewidth": 1.6}
+            style: dict[str, Any] = look.line | {"linewidth": 1.6}
             ax.plot(xs, ys, **style, marker="o" if len(xs) < 30 else None, markersize=3)
         ax.margins(x=0.03)
         ax.set_xlabel("outer steps")

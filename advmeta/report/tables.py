@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from advmeta.report.records import Cell, Transfer, transfer
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 COSTS = ("gradient evaluations", "adversarial examples", "seconds a run")
 
 
-def table(records: Sequence[Mapping]) -> Table:
+def table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Makes the transfer table for the terminal.
 
     A row is an optimizer and its inner gradient, the meta-optimizer's last; a column is a setting.
@@ -91,7 +91,7 @@ def _stacked(cell: Cell | None) -> Text:
     return Text.assemble(first, *((f"\n{word}", "dim") for word in rest))
 
 
-def markdown(records: Sequence[Mapping]) -> str:
+def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """Makes the transfer table of `advmeta.report.table` as GitHub markdown.
 
     Args:
@@ -122,7 +122,7 @@ def markdown(records: Sequence[Mapping]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption}\n"
 
 
-def checks(records: Sequence[Mapping]) -> Table:
+def checks(records: Sequence[Mapping[str, Any]]) -> Table:
     """Makes a table of sanity checks for the terminal; those that failed say what to do.
 
     Args:
@@ -150,8 +150,10 @@ def checks(records: Sequence[Mapping]) -> Table:
     return made
 
 
-CHECK_COLUMNS = (("#", "right"), ("sanity check", "left"), ("value", "right"),
-                 ("allowed", "right"), ("verdict", "left"), ("note", "left"))  # fmt: skip
+CHECK_COLUMNS: tuple[tuple[str, Any], ...] = (
+    ("#", "right"), ("sanity check", "left"), ("value", "right"),
+    ("allowed", "right"), ("verdict", "left"), ("note", "left"),
+)  # fmt: skip
 
 
 def check_cells(record: Mapping) -> tuple[str, ...]:
