@@ -10,8 +10,7 @@ from advmeta.attacks.threat_model import ThreatModel
 from advmeta.types import Array, Batch, Key, Norm, Optimizee
 
 
-def _static(**kwargs):
-    return dataclasses.field(metadata={"static": True}, **kwargs)
+_STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -34,8 +33,8 @@ class Task:
     train: Batch
     held_out: Batch
     threat_model: ThreatModel
-    optimizee: Optimizee = _static()
-    batch_size: int = _static(default=128)
+    optimizee: Optimizee = dataclasses.field(metadata=_STATIC)
+    batch_size: int = dataclasses.field(default=128, metadata=_STATIC)
     replay: Array | None = None
 
     def __post_init__(self) -> None:
@@ -72,9 +71,9 @@ class TaskFamily:
 
     pool: Batch
     threat_model: ThreatModel
-    optimizee: Optimizee = _static()
-    train_examples: int = _static()
-    batch_size: int = _static(default=128)
+    optimizee: Optimizee = dataclasses.field(metadata=_STATIC)
+    train_examples: int = dataclasses.field(metadata=_STATIC)
+    batch_size: int = dataclasses.field(default=128, metadata=_STATIC)
     replay: Array | None = None
 
     def __post_init__(self) -> None:
