@@ -15,9 +15,12 @@ from advmeta import data, environment
 from advmeta.attacks.threat_model import ThreatModel
 from advmeta.evaluation.accounting import contributions
 from advmeta.evaluation.ensemble import AutoAttackResult, autoattack, check_evaluation
-from advmeta.imports import import_function
+from advmeta.evaluation.versions import attack_list
+from advmeta.imports import import_function, is_import_name
 from advmeta.named_models import saved_model
 from advmeta.report import attack_results
+from advmeta.report.figures import to_png
+from advmeta.report.images import image_grid
 from advmeta.run_folder import Resumable, open_folder, replace_file
 from advmeta.types import Batch, LogitsFn, Norm
 
@@ -41,6 +44,9 @@ class Attack(Resumable):
       epsilon: its radius, in units of images in [0, 1].
       epsilons: several, for a curve, instead of epsilon.
       version: of AutoAttack; "rand" is for models that draw random numbers.
+      attacks: instead of a version's, in this order: names such as apgd-ce, apgd-t, fab-t and
+        square, or module:function for one of yours, called as
+        function(logits_fn, x, y, threat_model=..., key=...) -> advmeta.attacks.AttackResult.
       examples: how many test images, the first ones; all by default.
       batch_size: images attacked at once; results do not depend on it.
     """
@@ -53,6 +59,7 @@ class Attack(Resumable):
     epsilon: float = 0.1
     epsilons: tuple[float, ...] = ()
     version: Literal["standard", "plus", "rand"] = "standard"
+    attacks: tuple[str, ...] = ()
     examples: int | None = None
     batch_size: int = 256
 
@@ -75,15 +82,16 @@ def attack(command: Attack, line: str, console: Console) -> pathlib.Path:
     target = open_target(command)
     ask = functools.partial(
         autoattack, target.logits_fn, *target.batch, threat_model=target.threat_model,
-        key=jax.random.key(command.seed), version=command.version, batch_size=command.batch_size,
-        epsilons=command.epsilons or None,
+        key=jax.random.key(command.seed), version="custom" if command.attacks else command.version,
+        batch_size=command.batch_size, epsilons=command.epsilons or None,
     )  # fmt: skip
+    attacks = named_attacks(command)
     check_evaluation(*ask.args, **ask.keywords)  # before a folder is made for nothing
     with open_folder("attack", command) as (folder, resumed):
         if resumed and (folder / _RESULTS).exists():  # the seconds to keep are those of the work
             console.print(attack_results.attack_table(json.loads((folder / _RESULTS).read_text())))
             return folder
-        result = ask(state_path=folder / "state.npz", progress=True)
+        result = ask(attacks=attacks, state_path=folder / "state.npz", progress=True)
         results = summarise(command, target, result)
         results = {"command": line, **results, **environment.describe(), "resumed": resumed}
         entries = ledger_lines(command, target, result)
@@ -133,6 +141,26 @@ def open_target(command: Attack) -> Target:
     return Target(model, Batch(x[: command.examples], y[: command.examples]), threat_model)
 
 
+def named_attacks(command: Attack) -> list | None:
+    """The attacks that the options name, as `autoattack` takes them; None for a version's.
+
+    Raises:
+      ValueError: a version and attacks, an unknown name, or as `import_function`.
+    """
+    if not command.attacks:
+        return None
+    if command.version != "standard":
+        raise ValueError(
+            f"version={command.version!r} and attacks={command.attacks}: give one of them"
+        )
+    named = [
+        (name, import_function(name, "attacks")) if is_import_name(name) else name
+        for name in command.attacks
+    ]
+    attack_list("custom", 10, named)  # raises for an unknown name
+    return named
+
+
 def summarise(command: Attack, target: Target, result: AutoAttackResult) -> dict:
     """What results.json says of an evaluation.
 
@@ -141,7 +169,16 @@ def summarise(command: Attack, target: Target, result: AutoAttackResult) -> dict
     """
     settings = {
         name: getattr(command, name)
-        for name in ("model", "optimizee", "data", "norm", "version", "batch_size", "seed")
+        for name in (
+            "model",
+            "optimizee",
+            "data",
+            "norm",
+            "version",
+            "attacks",
+            "batch_size",
+            "seed",
+        )
     }
     return {
         **settings,
@@ -194,4 +231,4 @@ def _images(
     x = np.asarray(target.batch.x)
     x_adv = np.asarray(result.x_adv).reshape(-1, *x.shape)[epsilons.index(max(epsilons))]
     names = [f"{e['label']}\n{e['broken_by']}\n{e['distance']:.3g}" for e in broken]
-    return attack_results.image_grid(x[index], x_adv[index], names)
+    return to_png(image_grid(x[index], x_adv[index], names))

@@ -1,9 +1,11 @@
 """Checkpoints of a long run: Orbax's, with a digest, so that damage is seen."""
 
+import contextlib
 import hashlib
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -50,13 +52,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_):
-        self._manager.close()  # waits for what is being written
+        with self._writing():
+            self._manager.close()  # waits for what is being written
 
     def save(self, step: int, arrays: PyTree, record: dict) -> None:
         """Writes in the background what these arrays are now, so they may be donated afterwards.
 
         Raises:
-          OSError: an earlier save failed, on a full disk for one.
+          OSError: this or the save before it failed, on a full disk for one. What was written of it
+            is not taken for a checkpoint.
         """
         import orbax.checkpoint as ocp
 
@@ -66,7 +70,18 @@ class Checkpoints:
         parts = ocp.args.Composite(
             arrays=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(about)
         )
-        self._manager.save(step, args=parts)
+        with self._writing():
+            self._manager.save(step, args=parts)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever Orbax and TensorStore raise of a disk
+            raise OSError(
+                f"a checkpoint could not be written to {self.folder} ({_first_line(error)}): is "
+                "the disk full? What was written before is whole"
+            ) from error
 
     def newest(self, like: PyTree) -> Restored | None:
         """The newest checkpoint that is whole, or None where there is none.

@@ -12,25 +12,19 @@ import shlex
 import sys
 from typing import Annotated, Any
 
-import jax
-import optax
 import tyro
-from jax.tree_util import Partial
 from rich.console import Console
 
-from advmeta import config_files, report
+from advmeta import config_files, environment, report
 from advmeta.attack_command import Attack, attack
 from advmeta.evaluation.baselines import ROWS
-from advmeta.evaluation.sanity import Check, sanity_checks
-from advmeta.evaluation.transfer import Entry, TransferConfig, transfer_table
+from advmeta.evaluation.transfer import TransferConfig
 from advmeta.meta_optimizer.pretrained import load_meta_optimizer
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
 from advmeta.patch_command import Patch, patch_files
-from advmeta.progress import TableProgress
-from advmeta.run_folder import Shared, open_folder, replace_file
-from advmeta.tasks import Task
+from advmeta.run_folder import Resumable, new_folder, open_folder, replace_file
+from advmeta.table_command import make_table
 from advmeta.training_command import MetaTrain, Training, train_and_save
-from advmeta.types import PyTree
 
 _ACCELERATOR_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "libtpu")
 
@@ -46,10 +40,11 @@ class Run(Training):
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate(Shared):
+class Evaluate(Resumable):
     """Hold a meta-optimizer against tuned baselines, robust training recipes included.
 
-    Writes a report. The default table, 252 models, took 39 minutes on 2 CPU cores. Where time is
+    Writes a report. A run that was killed goes on with --resume, after the last whole column. The
+    default table, 252 models, took 39 minutes on 2 CPU cores. Where time is
     short, --table.attack pgd leaves out AutoAttack, and --table.rows adam adversarial leaves out
     the other rows.
 
@@ -63,12 +58,29 @@ class Evaluate(Shared):
     table: TransferConfig = TransferConfig(rows=tuple(ROWS), attack="autoattack")
 
 
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write the page of a run anew, or one page that compares several runs.
+
+    Example: advmeta report runs/first runs/second --output runs/both
+
+    Args:
+      runs: folders that other commands wrote.
+      output: for several runs, the folder of the comparison. By default
+        runs/report-DATE-TIME.
+    """
+
+    runs: tyro.conf.Positional[tuple[pathlib.Path, ...]] = ()
+    output: pathlib.Path | None = None
+
+
 COMMANDS = {
     "run": Run,
     "meta-train": MetaTrain,
     "evaluate": Evaluate,
     "patch": Patch,
     "attack": Attack,
+    "report": Report,
 }
 
 
@@ -90,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         _complain(error)
         sys.exit(2)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:  # of the numbers; of the disk, say
         _complain(error)
         sys.exit(1)
     console.print(f"written to {folder}", markup=False)
@@ -109,7 +121,7 @@ def _compile_quickly_on_a_cpu() -> None:
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 
-def parse(argv: list[str]) -> Run | MetaTrain | Evaluate | Patch | Attack:
+def parse(argv: list[str]) -> Run | MetaTrain | Evaluate | Patch | Attack | Report:
     """The command with its resolved config."""
     kinds = [
         Annotated[kind, tyro.conf.subcommand(name, default=_default(kind, name, argv))]
@@ -137,7 +149,8 @@ def _run(command: Run, line: str, console: Console) -> pathlib.Path:
     with open_folder("run", command) as (folder, _):
         meta_params = train_and_save(command, line, folder, console)
         optimizer = scale_by_meta_optimizer(meta_params, command.training.meta_optimizer)
-        _make_table(command, optimizer, folder, console)
+        make_table(command.table, optimizer, command.seed, folder, console)
+        report.write(folder)
     return folder
 
 
@@ -151,8 +164,31 @@ def _meta_train(command: MetaTrain, line: str, console: Console) -> pathlib.Path
 def _evaluate(command: Evaluate, line: str, console: Console) -> pathlib.Path:
     optimizer = load_meta_optimizer(command.weights)  # before a folder is made for nothing
     with open_folder("evaluate", command) as (folder, _):
-        _make_table(command, optimizer, folder, console)
+        make_table(command.table, optimizer, command.seed, folder, console, check=True)
+        card = {
+            "name": folder.name,
+            "command": line,
+            "seed": command.seed,
+            "weights": command.weights,
+            **environment.describe(),
+        }
+        replace_file(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
+        report.write(folder)
     return folder
+
+
+def _report(command: Report, line: str, console: Console) -> pathlib.Path:
+    if not command.runs:
+        raise ValueError("name the folder of a run, as in: advmeta report runs/first")
+    if len(command.runs) > 1:
+        folder = command.output or new_folder("report")
+        return report.compare(command.runs, folder).parent
+    if command.output is not None:
+        raise ValueError(
+            f"output={str(command.output)!r} is for several runs; the page of one is written into "
+            "its own folder"
+        )
+    return report.write(*command.runs).parent
 
 
 _DO = {
@@ -161,46 +197,5 @@ _DO = {
     Evaluate: _evaluate,
     Patch: patch_files,
     Attack: attack,
+    Report: _report,
 }
-
-
-def _make_table(
-    command: Run | Evaluate,
-    optimizer: optax.GradientTransformation,
-    folder: pathlib.Path,
-    console: Console,
-) -> None:
-    """Makes, prints and writes the transfer table and the page; `evaluate` also checks it."""
-    key = jax.random.key(command.seed)
-    models: list[tuple[Task, PyTree]] = []
-
-    def keep(entry: Entry, task: Task, params: PyTree) -> None:
-        if entry.optimizer == "meta-optimizer":
-            models.append((task, params))
-
-    with TableProgress(command.table, console) as bar:
-        records, curves = transfer_table(
-            command.table, optimizer, key=key, report=bar.update, keep=keep
-        )
-    replace_file(folder / "results.json", (json.dumps(records, indent=1) + "\n").encode())
-    replace_file(folder / "curves.json", (json.dumps(curves) + "\n").encode())
-    console.print(report.table(records))
-    if isinstance(command, Evaluate):
-        with console.status("sanity checks"):
-            checks = [check._asdict() for check in _check(command.table, *models[0], key)]
-        replace_file(folder / "sanity.json", (json.dumps(checks, indent=1) + "\n").encode())
-        console.print(report.checks(checks))
-    report.write(folder)
-
-
-def _check(config: TransferConfig, task: Task, params: PyTree, key: jax.Array) -> list[Check]:
-    """Sanity checks of the model of seed 0; that of seed 1, if there is one, is the surrogate."""
-    models = [
-        Partial(task.optimizee.apply, jax.tree.map(lambda leaf, seed=seed: leaf[seed], params))
-        for seed in range(min(config.seeds, 2))
-    ]
-    return sanity_checks(
-        models[0], *task.held_out, threat_model=task.threat_model, key=key,
-        attack_steps=config.attack_steps, restarts=config.restarts,
-        surrogate=models[1] if len(models) > 1 else None,
-    )  # fmt: skip

@@ -68,13 +68,15 @@ class MetaTrainingProgress(_Bar):
 
 
 class TableProgress(_Bar):
-    """The parts of the transfer table; a part is a message of `transfer_table`."""
+    """The parts of the transfer table; a part is a message of `transfer_cells`."""
 
-    def __init__(self, config: TransferConfig, console: Console):
+    def __init__(self, config: TransferConfig, console: Console, cells_done: int = 0):
         each = 2 if config.attack == "autoattack" else 1
         entries = len(config.rows) + 1  # the meta-optimizer's
-        parts = len(config.cells) * (1 + each * entries)  # tuning comes first
-        super().__init__("transfer table", parts, console)
+        parts = 1 + each * entries  # of a cell: tuning comes first
+        # After the first cell comes a look at its model.
+        super().__init__("transfer table", len(config.cells) * parts + 1, console)
+        self._done = cells_done * parts + (cells_done > 0)
 
     def update(self, message: str) -> None:
         self._done += 1

@@ -37,6 +37,11 @@ class Resumable(Shared):
     resume: bool = False
 
 
+def new_folder(name: str) -> pathlib.Path:
+    """Where a command writes if it is not told."""
+    return pathlib.Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
 @contextlib.contextmanager
 def open_folder(name: str, command: Shared) -> Iterator[tuple[pathlib.Path, bool]]:
     """The folder of a run of the command ``name``, with its config.json, for this process alone.
@@ -51,7 +56,7 @@ def open_folder(name: str, command: Shared) -> Iterator[tuple[pathlib.Path, bool
     resume = getattr(command, "resume", False)
     if resume and command.output is None:
         raise ValueError("--resume needs the --output folder of the run to take up")
-    folder = command.output or pathlib.Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = command.output or new_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         exists = (folder / "config.json").exists()
@@ -119,7 +124,7 @@ def differences(earlier: dict, now: dict, prefix: str = "") -> list[str]:
 
 
 # These do not change what comes out.
-_OF_THE_CALL = ("output", "config", "resume", "checkpoint_seconds")
+_OF_THE_CALL = ("output", "config", "resume", "checkpoint_seconds", "tensorboard")
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:

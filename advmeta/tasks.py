@@ -9,7 +9,6 @@ from advmeta import data, optimizees
 from advmeta.attacks.threat_model import ThreatModel
 from advmeta.types import Array, Batch, Key, Norm, Optimizee
 
-
 _STATIC = {"static": True}
 
 

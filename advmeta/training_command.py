@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import pathlib
 import signal
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from advmeta import config_files, environment
 from advmeta.checkpoint import Checkpoints
+from advmeta.event_log import event_log
 from advmeta.meta_optimizer.weights import load_weights, save_weights
 from advmeta.meta_training import TrainingState, training_states
 from advmeta.meta_training_config import MetaTrainingConfig
@@ -31,10 +33,18 @@ class Training(Resumable):
     Args:
       training: what decides the weights, with the seed.
       checkpoint_seconds: of work that a kill may cost; 0 keeps every report.
+      tensorboard: write event files too; it needs the extra advmeta[tensorboard].
     """
 
     training: MetaTrainingConfig = MetaTrainingConfig()
     checkpoint_seconds: float = 30.0
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError(
+                "--tensorboard needs a package that is not here: pip install 'advmeta[tensorboard]'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +62,8 @@ def train_and_save(
 ) -> MetaParams:
     """Meta-trains from the newest checkpoint, if there is one; writes the weights and their card.
 
-    ``line`` is what was typed. The folder gets metrics.jsonl, a line a record; checkpoints; and,
-    last, the weights and card.json.
+    ``line`` is what was typed. The folder gets metrics.jsonl, a line a record; event files if they
+    are asked for; checkpoints; and, last, the weights and card.json.
 
     Raises:
       SystemExit: SIGINT or SIGTERM came; there is a checkpoint of where it stood.
@@ -75,7 +85,7 @@ def train_and_save(
         for record in metrics:
             bar.update(record)
         saved = time.monotonic()
-        for state in _logged(states, metrics, folder / "metrics.jsonl"):
+        for state in _logged(states, metrics, folder, command.tensorboard):
             bar.update(metrics[-1])
             if signals or time.monotonic() - saved >= command.checkpoint_seconds:
                 *arrays, _ = state
@@ -132,20 +142,24 @@ def _take_up(
 
 
 def _logged(
-    states: Iterator[TrainingState], metrics: list[dict], path: pathlib.Path
+    states: Iterator[TrainingState], metrics: list[dict], folder: pathlib.Path, tensorboard: bool
 ) -> Iterator[TrainingState]:
-    """Adds each state's record, with the seconds so far, to ``metrics`` and to the file.
+    """Adds each state's record, with the seconds so far, to ``metrics`` and to the logs.
 
-    The file holds what ``metrics`` held, and no line that came after it in a run that was killed.
+    The logs hold what ``metrics`` held, and nothing that came after it in a run that was killed.
     """
+    path = folder / "metrics.jsonl"
     replace_file(path, "".join(json.dumps(record) + "\n" for record in metrics).encode())
     began = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0.0)
-    with path.open("a") as log:
+    no_events = contextlib.nullcontext(lambda record: None)
+    events = event_log(folder / "tensorboard", metrics) if tensorboard else no_events
+    with path.open("a") as lines, events as add_event:
         for state in states:
             seconds = round(time.perf_counter() - began, 3)
             metrics.append({**state.history[-1], "seconds": seconds})
-            log.write(json.dumps(metrics[-1]) + "\n")
-            log.flush()
+            lines.write(json.dumps(metrics[-1]) + "\n")
+            lines.flush()
+            add_event(metrics[-1])
             yield state
 
 

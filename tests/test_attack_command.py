@@ -15,11 +15,13 @@ import pytest
 import advmeta
 from advmeta import cli
 from advmeta.attack_command import Attack, open_target
-from advmeta.report import attack_results
+from advmeta.report.figures import to_png
+from advmeta.report.images import image_grid
 from advmeta.run_folder import open_folder
 
 MODEL = """
 import jax.numpy as jnp
+from advmeta.attacks import AttackResult
 
 KERNEL = jnp.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
 
@@ -33,6 +35,13 @@ def vector(x):
     return logits(x)[:, 0]
 
 number = 3
+
+def pull(logits_fn, x, y, *, threat_model, key):
+    # The first pixel down and the second up, as far as it may; right for label 0 alone.
+    direction = jnp.array([-1.0, 1.0, 0.0, 0.0]).reshape(1, 2, 2, 1)
+    x_adv = threat_model.project(x + threat_model.radius(x) * direction, x)
+    logits = logits_fn(x_adv)
+    return AttackResult(x_adv, logits.argmax(1) != y, logits[:, 1] - logits[:, 0])
 """
 # Of the two pixels that count: label 0 needs the first above the second.
 PIXELS = [(0.55, 0.45), (0.7, 0.3), (0.9, 0.1), (0.4, 0.6), (0.6, 0.5), (0.8, 0.2)]
@@ -103,6 +112,32 @@ def test_it_writes_who_broke_what(undisturbed):
     assert entries[2]["distance"] is None and entries[2]["run"] == -1
     # APGD-CE alone is given the five that are classified correctly at 0.1, three at 0.25.
     assert results["evaluations"]["apgd-ce"] == {"forward": 808, "backward": 808}
+
+
+def test_an_attack_of_the_user_s_takes_its_turn(at_home):
+    """It is as strong as the whole ensemble on this model; after it nothing is left to break."""
+    cli.main(arguments("own", "--attacks", "tiny_model:pull", "apgd-ce", "--epsilon", "0.1"))
+    results, ledger = read(at_home / "own")
+    assert results["points"][0]["broken"] == {"tiny_model:pull": 2, "apgd-ce": 0}
+    assert results["points"][0]["robust_accuracy"] == 3 / 6
+    assert results["attacks"] == ["tiny_model:pull", "apgd-ce"]
+    names = [json.loads(line)["broken_by"] for line in ledger.splitlines()]
+    assert names == ["tiny_model:pull", None, None, "clean", "tiny_model:pull", None]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--attacks", "apgd-kl"], "there is no attack 'apgd-kl'; the known ones are ['apgd-ce'"),
+        (["--attacks", "tiny_model:number"], "is of type int; name a function"),
+        (["--attacks", "apgd-ce", "--version", "plus"], "give one of them"),
+    ],
+)
+def test_attacks_that_cannot_be_are_refused_before_a_folder_is_made(at_home, more, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments("none", *more))
+    assert stopped.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+    assert not (at_home / "none").exists()
 
 
 def test_a_killed_run_that_is_resumed_ends_as_an_undisturbed_one(at_home, undisturbed):
@@ -204,7 +239,7 @@ def test_the_grid_shows_the_difference_at_full_contrast():
 
     x = np.full((1, 4, 4, 1), 0.5, np.float32)
     sign = np.where(np.arange(4) < 2, 1, -1)[None, :, None, None]
-    png = attack_results.image_grid(x, x + 0.1 * sign, ["3"])
+    png = to_png(image_grid(x, x + 0.1 * sign, ["3"]))
     pixels = np.asarray(Image.open(BytesIO(png)).convert("L")).astype(int)
     black, light = (pixels == 0).sum(), (abs(pixels - 153) <= 1).sum()
     assert black > 1000 and abs(black - light) < 0.05 * black

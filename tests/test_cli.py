@@ -3,8 +3,6 @@
 import importlib.metadata
 import json
 
-import jax
-import numpy as np
 import pytest
 
 import advmeta
@@ -96,41 +94,38 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, message, tmp_path, monkeypa
     assert message in " ".join(error.split()) and "Traceback" not in error
 
 
-def test_the_first_cell_s_model_is_checked_with_the_table_s_attack(tmp_path, monkeypatch, capsys):
-    """Two cells of two seeds; the model of seed s in cell c has the one parameter 10 c + s."""
-    x, y = np.full((2, 1), 0.5, np.float32), np.array([0, 1])
-    optimizee = advmeta.Optimizee(None, lambda params, x: params["w"] * x)
-    asked = []
+def test_report_writes_one_run_anew_and_compares_several(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"outer_step": 1, "meta_loss": 2.0}\n')
+    cli.main(["report", "a"])
+    assert (tmp_path / "a" / "report.html").exists() and not (tmp_path / "runs").exists()
+    cli.main(["report", "a", "b", "--output", "both"])
+    assert "a · b" in (tmp_path / "both" / "report.html").read_text()
+    cli.main(["report", "a", "b"])
+    assert len(list((tmp_path / "runs").glob("report-*/report.html"))) == 1
+    for argv, message in (
+        (["report"], "name the folder of a run"),
+        (["report", "c"], "c: there is no such folder"),
+        (["report", "a", "--output", "both"], "is for several runs"),
+        (["report", "a", "b", "--output", "b"], "b is itself the folder of a run"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(argv)
+        assert stopped.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
 
-    def fake_table(config, optimizer, *, key, report, keep):
-        for cell in (0, 1):
-            threat_model = advmeta.ThreatModel("linf", 0.1 * (cell + 1))
-            task = advmeta.Task(
-                advmeta.Batch(x, y), advmeta.Batch(x, y), threat_model, optimizee, 1
-            )
-            for name, offset in (("adam", 5), ("meta-optimizer", 0)):
-                params = {"w": 10 * cell + np.arange(2) + offset}
-                keep(transfer.Entry(name, "clean", None, None, 0, 0), task, params)
-        record = {"clean_accuracy": 1.0, "robust_accuracy": 0.5, "inner_gradient": "clean"}
-        return [{"optimizer": "meta-optimizer", **record}], {}
 
-    def fake_checks(logits_fn, x, y, **options):
-        asked.append((float(logits_fn(1.0)), float(options.pop("surrogate")(1.0)), options))
-        return [advmeta.Check("stable_loss", 15, 0.5, 0.25, False, "shattered")]
+def test_a_full_disk_is_a_message_and_exit_code_1(tmp_path, monkeypatch, capsys):
+    def write(folder):
+        raise OSError(28, "No space left on device", str(folder / "report.html"))
 
-    monkeypatch.setattr(cli, "transfer_table", fake_table)
-    monkeypatch.setattr(cli, "sanity_checks", fake_checks)
-    argv = ["evaluate", "--output", str(tmp_path), "--table.attack-steps", "7", "--seed", "3"]
-    cli.main([*argv, "--table.seeds", "2", "--table.restarts", "2"])
-    ((checked, surrogate, options),) = asked
-    assert (checked, surrogate) == (0, 1)  # not 5, which is adam's, nor 10, of the second cell
-    assert options.pop("key") == jax.random.key(3)
-    ball = advmeta.ThreatModel("linf", 0.1)
-    assert options == {"threat_model": ball, "attack_steps": 7, "restarts": 2}
-    (record,) = json.loads((tmp_path / "sanity.json").read_text())
-    assert record["name"] == "stable_loss" and record["passed"] is False
-    assert "FAIL" in capsys.readouterr().out
-    assert "shattered" in (tmp_path / "report.html").read_text()
+    monkeypatch.setattr(cli.report, "write", write)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["report", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and "No space left on device" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow

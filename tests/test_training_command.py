@@ -61,6 +61,20 @@ def outcome(folder):
     return (folder / "meta_optimizer.safetensors").read_bytes(), records
 
 
+def events(folder):
+    """The records that TensorBoard reads, in single precision; all but the times."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder / "tensorboard")).Reload()
+    found = {}
+    for name in sorted(set(reader.Tags()["tensors"]) - {"seconds"}):
+        for event in reader.Tensors(name):
+            record = found.setdefault(event.step, {"outer_step": event.step})
+            assert name not in record  # no step stands there twice
+            record[name] = pytest.approx(event.tensor_proto.float_val[0], rel=1e-6)
+    return [found[step] for step in sorted(found)]
+
+
 def stopped(argv, capsys):
     """The exit code of a command that does not end well, and what it printed."""
     with pytest.raises(SystemExit) as exit:
@@ -80,14 +94,16 @@ def test_a_signal_stops_it_where_it_can_go_on(home, undisturbed, monkeypatch, ca
 
     with monkeypatch.context() as patch:
         patch.setattr(training_command.MetaTrainingProgress, "update", interrupted)
-        code, said = stopped(argv, capsys)
+        code, said = stopped([*argv, "--tensorboard"], capsys)
+    assert [record["outer_step"] for record in events(home / "stopped")] == [2, 4]
     assert code == 128 + signal.SIGTERM
     assert "SIGTERM: stopped after outer step 4; --resume" in said
     assert not (home / "stopped" / "card.json").exists()
     with (home / "stopped" / "metrics.jsonl").open("a") as log:
         log.write('{"outer_step": 6, "of": "a run that was killed before its next checkpoint"}\n')
-    cli.main([*argv, "--resume"])
+    cli.main([*argv, "--resume", "--tensorboard"])
     assert outcome(home / "stopped") == undisturbed
+    assert events(home / "stopped") == undisturbed[1]
     # And once more, when there is nothing left to do.
     before = (home / "stopped" / "card.json").read_bytes()
     cli.main([*argv, "--resume"])
@@ -110,6 +126,49 @@ def test_a_killed_run_that_is_resumed_ends_as_an_undisturbed_one(home, undisturb
     cli.main([*argv, "--resume"])
     assert "passed over a damaged checkpoint, checkpoint 4" in capsys.readouterr().out
     assert outcome(folder) == undisturbed
+
+
+FULL_DISK = """
+import resource, sys
+from advmeta import checkpoint, cli
+
+save = checkpoint.Checkpoints.save
+
+def save_on_a_full_disk(self, step, *rest):
+    if step == 4:
+        self._manager.wait_until_finished()  # the checkpoint of step 2 is whole
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    save(self, step, *rest)
+
+checkpoint.Checkpoints.save = save_on_a_full_disk
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_what_came_after_the_last_checkpoint(home, undisturbed):
+    """From outer step 4 on no file may be longer than 1,000 bytes."""
+    argv = arguments(home, "full")
+    tested = {**os.environ, "PYTHONPATH": str(pathlib.Path(advmeta.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *argv], capture_output=True, text=True, env=tested
+    )
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 1 and "advmeta: a checkpoint could not be written to" in said
+    assert not (home / "full" / "card.json").exists()
+    assert (home / "full" / "checkpoints" / "2").exists()
+    assert not (home / "full" / "checkpoints" / "4").exists()
+    cli.main([*argv, "--resume"])
+    assert outcome(home / "full") == undisturbed
+
+
+def test_tensorboard_that_is_not_there_is_named_before_anything_is_done(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(training_command.importlib.util, "find_spec", lambda name: None)
+    code, said = stopped(["meta-train", "--output", str(tmp_path / "x"), "--tensorboard"], capsys)
+    assert code == 2 and "pip install 'advmeta[tensorboard]'" in said
+    assert not (tmp_path / "x").exists()
 
 
 def test_both_signals_are_collected_and_given_back():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.inner_gradients import InnerGradient
 from advmeta.tasks import Task
 from advmeta.types import Array, Key, PyTree
-from advmeta.unroll import init_inner, unroll
+from advmeta.unroll import InnerState, init_inner, unroll
 
 EPSILON_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 LEARNING_POINTS = 20
@@ -34,8 +35,9 @@ def train_and_keep(
     *,
     steps: int,
     inner_gradient: InnerGradient,
+    keep: Callable[[InnerState], PyTree] = lambda state: state.params,
 ) -> PyTree:
-    """As `train`: the parameters after each of `learning_steps`, stacked [points, ...]."""
+    """As `train`: what is kept after each of `learning_steps`, stacked [points, ...]."""
     init_key, episode_key = jax.random.split(key)
     take_steps = functools.partial(unroll, task, optimizer, inner_gradient=inner_gradient)
     every = _every(steps)
@@ -45,7 +47,7 @@ def train_and_keep(
 
     def segment(state, _):
         state, _ = take_steps(state, episode_key, steps=every)
-        return state, state.params
+        return state, keep(state)
 
     return jax.lax.scan(segment, state, length=steps // every)[1]
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +30,7 @@ from advmeta.types import Array, Key, Norm, PyTree
 from advmeta.unroll import train
 
 Progress = Callable[[str], None]
+META_OPTIMIZER = "meta-optimizer"  # its rows' name
 Make = Callable[[Any, Task], tuple[optax.GradientTransformation, InnerGradient]]
 
 
@@ -48,7 +49,7 @@ class Cell:
     epsilon: float
     norm: Norm = "linf"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         ThreatModel(self.norm, self.epsilon)
         optimizees.by_name(self.optimizee)
 
@@ -91,7 +92,7 @@ class TransferConfig:
     attack_steps: int = 40
     restarts: int = 3
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         unknown = [name for name in self.rows if name not in ROWS]
         if unknown:
             raise ValueError(f"rows={unknown} are unknown; the known ones are {list(ROWS)}")
@@ -113,15 +114,16 @@ class Entry(NamedTuple):
     tuning_runs: int
 
 
-def transfer_table(
+def transfer_cells(
     config: TransferConfig,
     meta_optimizer: optax.GradientTransformation,
     *,
     key: Key,
+    first: int = 0,
     report: Progress = lambda message: None,
     keep: Callable[[Entry, Task, PyTree], None] = lambda entry, task, params: None,
-) -> tuple[list[dict], dict]:
-    """Trains and attacks every row in every cell.
+) -> Iterator[tuple[list[dict], dict[str, list[dict]]]]:
+    """Trains and attacks every row, cell after cell.
 
     Baselines are tuned for each cell on a part of its training set; the meta-optimizer is used as
     it is. Then each trains ``seeds`` models on the whole training set, all for the same number of
@@ -131,12 +133,13 @@ def transfer_table(
       config: see `TransferConfig`.
       meta_optimizer: an optax transformation that needs no learning rate.
       key: the same key gives the same table.
+      first: the cell to begin with; a cell's numbers do not depend on it.
       report: called with a message when something starts.
       keep: called with what each row trained in each cell, models stacked over the seeds.
 
-    Returns:
-      The records, one a row, cell and seed; and the curves of the first cell: accuracy along
-      training ("learning") and robust accuracy against epsilon ("epsilon").
+    Yields:
+      For each cell the records, one a row and seed; and its curves, for the first cell alone:
+      accuracy along training ("learning") and robust accuracy against epsilon ("epsilon").
     """
 
     def ours(
@@ -144,15 +147,15 @@ def transfer_table(
     ) -> tuple[optax.GradientTransformation, InnerGradient]:
         return meta_optimizer, clean
 
-    records, curves = [], {"learning": [], "epsilon": []}
-    for index, cell in enumerate(config.cells):
-        tune_key, train_key, attack_key = jax.random.split(jax.random.fold_in(key, index), 3)
+    for index, cell in enumerate(config.cells[first:], first):
+        tune_key, train_key, attack_key = cell_keys(key, index)
         keys = jax.random.split(train_key, config.seeds)
         tuning, task = make_tasks(config, cell)
         report(f"{cell.setting}: tuning the baselines")
         entries = tune(config, tuning, tune_key)
-        entries.append(Entry("meta-optimizer", "clean", ours, None, RECIPES["clean"], 0))
+        entries.append(Entry(META_OPTIMIZER, "clean", ours, None, RECIPES["clean"], 0))
         compiled = compile_trainings(config, task, entries, keys)
+        records, curves = [], {"learning": [], "epsilon": []}
         for entry in entries:
             report(f"{cell.setting}: {entry.optimizer}, {entry.inner_gradient} gradients")
             path, seconds = timed(compiled[entry.make], task, entry.choice, keys)
@@ -169,7 +172,12 @@ def transfer_table(
         # No later cell has these shapes. A compiled program takes hundreds of memory maps, and
         # Linux allows a process 65,530: a table of six cells with AutoAttack needs more.
         jax.clear_caches()
-    return records, curves
+        yield records, curves
+
+
+def cell_keys(key: Key, index: int) -> Key:
+    """For tuning, training and attacking in a cell, [3]."""
+    return jax.random.split(jax.random.fold_in(key, index), 3)
 
 
 def make_tasks(config: TransferConfig, cell: Cell) -> tuple[Task, Task]:

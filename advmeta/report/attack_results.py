@@ -1,22 +1,16 @@
-"""What `advmeta attack` shows of an evaluation: a table, the curve, and images."""
+"""What `advmeta attack` shows of an evaluation: a table and the curve."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from advmeta.report.plots import Panel, Plot, accuracy_axis, to_png
-from advmeta.report.style import COLORS, ROBUST
+from advmeta.report.figures import Panel, Plot, accuracy_axis, to_png
+from advmeta.report.style import ROBUST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
-
-COLUMNS = 10  # of the grid of images
-GAP = 0.12  # between images, in images
-INCHES = 0.9  # an image
 
 
 def attack_table(results: Mapping) -> Table:
@@ -62,47 +56,3 @@ def curve(results: Mapping) -> bytes:
 
     title = "Robust accuracy"
     return to_png(Plot("curve", title, "", (Panel(title, "", draw),), ()))
-
-
-def image_grid(x: np.ndarray, x_adv: np.ndarray, names: Sequence[str]) -> bytes:
-    """Images above what breaks them above the amplified difference, as a PNG.
-
-    In the difference grey is no change, and the largest one is black or white.
-
-    Args:
-      x: images [n, h, w, c] in [0, 1], of which the first ten are shown.
-      x_adv: the adversarial ones.
-      names: what to write below each.
-    """
-    x, x_adv, names = x[:COLUMNS], x_adv[:COLUMNS], names[:COLUMNS]
-    difference = x_adv - x
-    factor = 0.5 / max(np.abs(difference).max(), 1e-12)
-    rows = {
-        "clean": x,
-        "adversarial": x_adv,
-        f"difference\nx {factor:.3g}": 0.5 + factor * difference,
-    }
-
-    def draw(ax: Axes) -> None:
-        pitch = 1 + GAP
-        for row, images in enumerate(rows.values()):
-            for column, image in enumerate(images):
-                left, top = column * pitch, row * pitch
-                ax.imshow(_rgb(image), extent=(left, left + 1, top + 1, top), vmin=0, vmax=1,
-                          cmap="gray", interpolation="nearest")  # fmt: skip
-        ax.set_xlim(0, len(x) * pitch - GAP)
-        ax.set_ylim(len(rows) * pitch - GAP, 0)
-        ax.set_yticks([row * pitch + 0.5 for row in range(len(rows))], rows)
-        ax.set_xticks([column * pitch + 0.5 for column in range(len(x))], names)
-        ax.tick_params(length=0, labelcolor=COLORS["ink"][0], labelsize=7)
-        ax.spines[:].set_visible(False)
-
-    title = "What breaks the model"
-    width = (len(x) * (1 + GAP) + 1) * INCHES / 1.5  # `to_png` widens a single panel
-    panel = Panel(title, "", draw, width=width, height=(len(rows) * (1 + GAP) + 1) * INCHES)
-    return to_png(Plot("images", title, "", (panel,), ()))
-
-
-def _rgb(image: np.ndarray) -> np.ndarray:
-    """Three channels as colours; of any other number the mean."""
-    return np.clip(image if image.shape[-1] == 3 else image.mean(axis=-1), 0, 1)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 
+from advmeta.report.figures import Plot, to_svg
 from advmeta.report.folder import Run
-from advmeta.report.plots import Plot, to_svg
-from advmeta.report.records import SAME, Cell, Row, Transfer, column_of, row_of, transfer
+from advmeta.report.records import SAME, Cell, Row, Transfer, column_of, flat, row_of, transfer
 from advmeta.report.style import Look, css_variables
 from advmeta.report.tables import CHECK_COLUMNS, COSTS, check_cells
 
@@ -24,12 +23,14 @@ SHAPES = {  # of the markers, in a box of 10
 }
 
 
-def page(run: Run, plots: Sequence[Plot]) -> str:
-    """The page of a run and its plots."""
+def page(run: Run, plots: Sequence[Plot], differing: str = "") -> str:
+    """The page of a run and its plots; ``differing`` is the table of a comparison's settings."""
     layout = transfer(run.results) if run.results else None
     title = str(run.card.get("name") or run.name)
     figures = {plot.name: _figure(plot) for plot in plots}
     sections = []
+    if differing:
+        sections.append(_section("What differs", differing))
     if layout:
         sections.append(_section("Transfer", _table(layout) + figures.pop("transfer")))
     sections += [_section(p.heading, figures[p.name]) for p in plots if p.name in figures]
@@ -223,24 +224,16 @@ def _choice(record: Mapping) -> tuple[str, str, str, str]:
     return row_of(record).label, where, values, f"{spent:,}"
 
 
-def flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested dicts and lists of them -> pairs such as ("tasks[0].epsilon", "0.1")."""
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from flat(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list) and any(isinstance(inner, (Mapping, list)) for inner in value):
-        for place, inner in enumerate(value):
-            yield from flat(inner, f"{name}[{place}]")
-    else:
-        yield name, value if isinstance(value, str) else json.dumps(value)
-
-
 def _fold(summary: str, header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    heads = "".join(f'<th scope="col">{name}</th>' for name in header)
+    return f"<details><summary>{summary}</summary>{plain_table(header, lines)}</details>\n"
+
+
+def plain_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    heads = "".join(f'<th scope="col">{_text(name)}</th>' for name in header)
     body = "".join(
         f"<tr>{''.join(f'<td>{_text(text)}</td>' for text in line)}</tr>\n" for line in lines
     )
     return (
-        f'<details><summary>{summary}</summary><div class="scroll" tabindex="0"><table>\n'
-        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody></table></div></details>\n"
+        '<div class="scroll" tabindex="0"><table>\n'
+        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
     )

@@ -1,43 +1,23 @@
-"""What a run left -> plots: panels that stand side by side in a PNG and flow on the page."""
+"""What a run left -> its plots."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from advmeta.report.figures import Panel, Plot, accuracy_axis
+from advmeta.report.images import twins
+from advmeta.report.optimizer_plots import effective_steps, response
 from advmeta.report.records import SAME, Transfer, number, row_of, summarise, transfer
-from advmeta.report.style import CLEAN, COLORS, PLAIN, RC, ROBUST, Look, looks
+from advmeta.report.style import CLEAN, COLORS, PLAIN, ROBUST, Look, looks, nth_look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from advmeta.report.folder import Run
-
-WIDTH, HEIGHT = 4.2, 2.9  # inches of a panel: on a phone it is shown at about its own size
-LEGEND_COLUMNS, LEGEND_LINE = 3, 0.22
-DPI = 160
-
-
-class Panel(NamedTuple):
-    title: str
-    alt: str  # what it shows, in words
-    draw: Callable[[Axes], None]
-    width: float = WIDTH
-    height: float = HEIGHT
-
-
-class Plot(NamedTuple):
-    name: str  # of the file
-    heading: str
-    caption: str
-    panels: tuple[Panel, ...]
-    legend: tuple[tuple[str, Look], ...]
-    markers: bool = False  # the legend shows markers, not lines
 
 
 def plots(run: Run) -> list[Plot]:
@@ -48,6 +28,9 @@ def plots(run: Run) -> list[Plot]:
         _learning(learning) if learning else None,
         _epsilon(epsilon, run.results) if epsilon else None,
         _meta_training(run.metrics) if run.metrics else None,
+        response(run.behaviour) if run.behaviour else None,
+        effective_steps(run.behaviour["effective_step"]) if run.behaviour else None,
+        twins(run.twins) if run.twins.get("x") else None,
     ]
     return [plot for plot in made if plot is not None]
 
@@ -113,43 +96,53 @@ def mean_curve(
     return np.array(xs), means, np.array([summary.spread for summary in summaries])
 
 
-def accuracy_axis(ax: Axes, x_name: str) -> None:
-    ax.set_ylim(0, 1.02)
-    ax.set_xlabel(x_name)
-    ax.margins(x=0.01)
-    ax.grid(axis="y")
-
-
 def _meta_training(metrics: Sequence[Mapping]) -> Plot:
-    panels = [_series("Meta-loss", metrics, {"meta_loss": PLAIN})]
+    """Of one run: clean and robust in one panel; of several, a colour a run."""
+    runs = {run: [r for r in metrics if r.get("run") == run]
+            for run in dict.fromkeys(r.get("run") for r in metrics)}  # fmt: skip
+    caption = "The meta-loss, and models trained by the meta-optimizer on tasks held out."
     accuracies = {"clean_accuracy": CLEAN, "robust_accuracy": ROBUST}
     present = {key: look for key, look in accuracies.items()
                if any(record.get(key) is not None for record in metrics)}  # fmt: skip
-    if present:
-        panels.append(_series("Accuracy on held-out tasks", metrics, present))
-    legend = tuple((key.replace("_", " "), look) for key, look in present.items())
-    caption = "The meta-loss, and models trained by the meta-optimizer on tasks held out."
+    if len(runs) == 1:
+        panels = [_series("Meta-loss", [("meta_loss", metrics, "meta_loss", PLAIN)])]
+        lines = [(_words(key), metrics, key, look) for key, look in present.items()]
+        panels += [_series("Accuracy on held-out tasks", lines)] if lines else []
+        legend = tuple((name, look) for name, _, _, look in lines)
+    else:
+        legend = tuple((str(run), nth_look(place)) for place, run in enumerate(runs))
+        panels = []
+        for key in ("meta_loss", *present):
+            lines = [(name, runs[name], key, look) for name, look in legend]
+            panels.append(_series(_words(key).capitalize(), lines))
     return Plot("meta_training", "Meta-training", caption, tuple(panels), legend)
 
 
-def _series(title: str, metrics: Sequence[Mapping], keys: Mapping[str, Look]) -> Panel:
-    def points(key: str) -> tuple[list[float], list[float]]:
-        known = [r for r in metrics if r.get(key) is not None]
+def _words(key: str) -> str:
+    return key.replace("meta_loss", "meta-loss").replace("_", " ")
+
+
+def _series(title: str, lines: Sequence[tuple[str, Sequence[Mapping], str, Look]]) -> Panel:
+    """Lines of (name, records, key, look) against outer steps."""
+
+    def points(records: Sequence[Mapping], key: str) -> tuple[list[float], list[float]]:
+        known = [r for r in records if r.get(key) is not None]
         return [number(r["outer_step"]) for r in known], [number(r[key]) for r in known]
 
     def draw(ax: Axes) -> None:
-        for key, look in keys.items():
-            xs, ys = points(key)
-            style: dict[str, Any] = look.line | {"linewidth": 1.6}
+        for _, records, key, look in lines:
+            xs, ys = points(records, key)
+            style = dict(look.line, linewidth=1.6)
             ax.plot(xs, ys, **style, marker="o" if len(xs) < 30 else None, markersize=3)
         ax.margins(x=0.03)
         ax.set_xlabel("outer steps")
         ax.grid(axis="y")
-        if keys.keys() != {"meta_loss"}:
+        if all(key != "meta_loss" for _, _, key, _ in lines):
             ax.set_ylim(0, 1.02)
 
-    last = [f"{key.replace('_', ' ')} {points(key)[1][-1]:.3f}" for key in keys if points(key)[1]]
-    return Panel(title, f"{title} against outer steps. At the end: {', '.join(last)}.", draw)
+    ends = [(name, points(records, key)[1]) for name, records, key, _ in lines]
+    last = ", ".join(f"{name} {values[-1]:.3f}" for name, values in ends if values)
+    return Panel(title, f"{title} against outer steps. At the end: {last}.", draw)
 
 
 def _transfer(layout: Transfer) -> Plot:
@@ -172,7 +165,8 @@ def _transfer(layout: Transfer) -> Plot:
         ax.spines["left"].set_visible(False)
         ax.set_xlim(left=0)
         ax.grid(axis="x")
-        ax.set_xlabel("robust accuracy")
+        attacks = {column.attack for column in layout.columns} - {""}
+        ax.set_xlabel("robust accuracy" + (f", {attacks.pop()}" if len(attacks) == 1 else ""))
 
     height = 0.75 + len(layout.columns) * max(0.55, 0.095 * (len(layout.rows) + 1.5))
     alt = "Robust accuracy of every row of the transfer table, setting by setting."
@@ -190,69 +184,3 @@ def _dot(ax: Axes, robust, y: float, look: Look) -> None:
     ax.errorbar(robust.mean, y, xerr=spread, color=COLORS[look.color][0], elinewidth=look.width / 2,
                 marker=look.marker, markersize=6.5 if look.meta else 4.5, linestyle="none",
                 zorder=4 if look.meta else 3)  # fmt: skip
-
-
-def to_png(plot: Plot) -> bytes:
-    """All panels side by side, the legend below them."""
-    lines = math.ceil(len(plot.legend) / LEGEND_COLUMNS) * LEGEND_LINE
-    width = sum(panel.width for panel in plot.panels) * (1 if len(plot.panels) > 1 else 1.5)
-    height = max(panel.height for panel in plot.panels) + lines
-
-    def decorate(figure) -> None:
-        from matplotlib.lines import Line2D
-
-        handles = [
-            Line2D([], [], label=label, **_handle(look, plot.markers))
-            for label, look in plot.legend
-        ]
-        if handles:
-            figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS,
-                          handlelength=2.6)  # fmt: skip
-
-    return _rendered("png", plot.panels, (width, height), decorate)
-
-
-def _handle(look: Look, marker: bool) -> dict:
-    style = look.line | ({"linestyle": "none"} if marker else {})
-    return style | {"marker": look.marker if marker else None, "markersize": 6 if look.meta else 5}
-
-
-def to_svg(panel: Panel) -> str:
-    """One panel, to be put into a page: its colours are the page's, and it names no address."""
-    svg = _rendered("svg", (panel,), (panel.width, panel.height)).decode()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (xmlns(:\w+)?|width|height)="[^"]*"', "", svg.split(">", 1)[0]) + (
-        ">" + re.sub(r'<g id="[^"]*"', "<g", svg.split(">", 1)[1]).replace("xlink:href", "href")
-    )
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    for name, (light, _) in COLORS.items():
-        svg = svg.replace(light, f"var(--{name})")
-    return svg
-
-
-def _rendered(
-    kind: str,
-    panels: Sequence[Panel],
-    size: tuple[float, float],
-    decorate: Callable[..., None] = lambda figure: None,
-) -> bytes:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's own settings are
-        matplotlib.rcParams.update(RC)
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for ax, panel in zip(axes, panels, strict=True):
-            ax.set_title(panel.title)
-            panel.draw(ax)
-        decorate(figure)
-        buffer = io.BytesIO()
-        metadata = {"Date": None} if kind == "svg" else {}
-        figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata,
-                       transparent=kind == "svg")  # fmt: skip
-    return buffer.getvalue()

@@ -1,7 +1,8 @@
 """Records of a run, one a row and seed -> the cells of the transfer table."""
 
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ class Row(NamedTuple):
 
     @property
     def meta(self) -> bool:
-        return "meta" in self.optimizer
+        return self.optimizer.startswith("meta")
 
     @property
     def label(self) -> str:
@@ -100,6 +101,18 @@ class Transfer(NamedTuple):
         several = len({c.inner_steps for c in self.columns}) > 1
         lines += [f"{column.inner_steps} steps"] if several else []
         return tuple(line for line in lines if line)
+
+
+def flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested dicts and lists of them -> pairs such as ("tasks[0].epsilon", "0.1")."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and any(isinstance(inner, (Mapping, list)) for inner in value):
+        for place, inner in enumerate(value):
+            yield from flat(inner, f"{name}[{place}]")
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value)
 
 
 def number(value: Any) -> float:

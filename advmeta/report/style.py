@@ -68,7 +68,7 @@ class Look(NamedTuple):
         return 2.4 if self.meta else 1.3
 
     @property
-    def line(self) -> dict:
+    def line(self) -> dict[str, Any]:
         """Arguments of `Axes.plot`."""
         return {
             "color": COLORS[self.color][0],
@@ -81,6 +81,14 @@ class Look(NamedTuple):
 PLAIN = Look("muted", None, "o", False)
 CLEAN = Look("clean", (5, 2), "o", False)
 ROBUST = Look("meta", None, "o", False)
+
+
+def nth_look(place: int, color: str | None = None) -> Look:
+    """For lines that are no rows: another colour for each, and then another dash; or that colour
+    and another dash for each."""
+    names = ("meta", "clean", "adversarial", "noisy", "other") if color is None else (color,)
+    turn, which = divmod(place, len(names))
+    return Look(names[which], DASHES[turn % len(DASHES)], "o", False)
 
 
 def looks(rows: Iterable[Row]) -> dict[Row, Look]:
