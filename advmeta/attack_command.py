@@ -22,7 +22,7 @@ from advmeta.report import attack_results
 from advmeta.report.figures import to_png
 from advmeta.report.images import image_grid
 from advmeta.run_folder import Resumable, open_folder, replace_file
-from advmeta.types import Batch, LogitsFn
+from advmeta.types import Batch, LogitsFn, Norm
 
 _RESULTS = "results.json"
 
@@ -55,7 +55,7 @@ class Attack(Resumable):
     params: pathlib.Path | None = None
     optimizee: str | None = None
     data: str = "digits"
-    norm: Literal["linf", "l2", "l1"] = "linf"
+    norm: Norm = "linf"
     epsilon: float = 0.1
     epsilons: tuple[float, ...] = ()
     version: Literal["standard", "plus", "rand"] = "standard"
@@ -136,7 +136,8 @@ def open_target(command: Attack) -> Target:
         model = import_function(command.model, "model")
     else:
         classes = dataset.num_classes
-        model = Partial(*saved_model(command.params, command.optimizee, x.shape[1:], classes))
+        of = command.params, command.optimizee, x.shape[1:], classes
+        model = Partial(*saved_model(*of))  # pyright: ignore[reportArgumentType]  # both are there
     return Target(model, Batch(x[: command.examples], y[: command.examples]), threat_model)
 
 

@@ -117,10 +117,11 @@ class Checkpoints:
 
         parts = ocp.args.Composite(arrays=ocp.args.StandardRestore(), about=ocp.args.JsonRestore())
         found = self._manager.restore(step, args=parts)
-        leaves = {name: np.asarray(leaf) for name, leaf in found.arrays.items()}
-        if _digest(leaves, found.about["record"]) != found.about["digest"]:
+        leaves = {name: np.asarray(leaf) for name, leaf in found["arrays"].items()}
+        about = found["about"]
+        if _digest(leaves, about["record"]) != about["digest"]:
             raise ValueError("its content is not what was written")
-        return leaves, found.about["record"]
+        return leaves, about["record"]
 
     def _set_aside(self, step: int) -> None:
         """Out of the way of the checkpoint that the run will write at this step again."""
@@ -153,7 +154,7 @@ def _fill(like: PyTree, leaves: dict[str, np.ndarray]) -> PyTree:
     filled = []
     for place, found in zip(wanted, (leaves[name] for name in sorted(leaves)), strict=True):
         if jnp.issubdtype(place.dtype, jax.dtypes.prng_key):
-            filled.append(jax.random.wrap_key_data(found))
+            filled.append(jax.random.wrap_key_data(jnp.asarray(found)))
             continue
         if (place.shape, place.dtype) != (found.shape, found.dtype):
             raise ValueError(

@@ -10,7 +10,7 @@ import os
 import pathlib
 import shlex
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -127,7 +127,7 @@ def parse(argv: list[str]) -> Run | MetaTrain | Evaluate | Patch | Attack | Repo
         Annotated[kind, tyro.conf.subcommand(name, default=_default(kind, name, argv))]
         for name, kind in COMMANDS.items()
     ]
-    union = functools.reduce(operator.or_, kinds)
+    union: Any = functools.reduce(operator.or_, kinds)
     description = "Learned optimizers that train robust models on clean data."
     return tyro.cli(union, args=argv, prog="advmeta", description=description)
 

@@ -6,14 +6,17 @@ import os
 import pathlib
 import types
 import typing
+from typing import Any
+
+Config = typing.TypeVar("Config")
 
 
-def to_json(config) -> str:
+def to_json(config: Any) -> str:
     """A config as JSON text; `from_json` reads it back to an equal config."""
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
-def from_json(cls: type, path: str | os.PathLike):
+def from_json(cls: type[Config], path: str | os.PathLike[str]) -> Config:
     """Reads a config of this class; what the file leaves out keeps its default.
 
     Raises:
@@ -26,13 +29,13 @@ def from_json(cls: type, path: str | os.PathLike):
     return _build(cls, values, where=str(path))
 
 
-def _build(kind, value, where: str):
+def _build(kind: Any, value: Any, where: str) -> Any:
     """The value as the annotated kind: dataclasses from dicts, tuples from lists."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         known = [a for a in arguments if a is not types.NoneType]
         return None if value is None else _build(known[0], value, where)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be a JSON object for {kind.__name__}, not {value!r}")
         hints = typing.get_type_hints(kind)

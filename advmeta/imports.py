@@ -4,6 +4,8 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
 
 def is_import_name(name: str) -> bool:
@@ -44,7 +46,7 @@ def import_attribute(name: str, what: str) -> object:
     return getattr(module, attribute)
 
 
-def import_function(name: str, what: str):
+def import_function(name: str, what: str) -> Callable[..., Any]:
     """The same, for a function.
 
     Raises:

@@ -25,7 +25,7 @@ class MetaLossConfig:
     attack_steps: int = 5
     cap: float = 5.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         weights = (self.adversarial_weight, self.clean_weight)
         if min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ class TrainingState(NamedTuple):
     outer: OuterState
     best: MetaParams  # the averages that did best on the selection tasks so far
     best_robust: Array  # [] what they did; -1 before the first evaluation
-    history: tuple[dict, ...]  # see `meta_train`
+    history: tuple[dict[str, Any], ...]  # see `meta_train`
 
 
 def meta_train(
@@ -38,8 +38,8 @@ def meta_train(
     families: tuple[TaskFamily, ...] | None = None,
     selection: tuple[TaskFamily, ...] | None = None,
     outer_optimizer: optax.GradientTransformation | None = None,
-    report: Callable[[dict], None] = lambda record: None,
-) -> tuple[MetaParams, list[dict]]:
+    report: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> tuple[MetaParams, list[dict[str, Any]]]:
     """Meta-trains a meta-optimizer.
 
     Outer step: every lane runs ``truncation`` inner steps from where it stands;

@@ -50,7 +50,7 @@ class MetaTrainingConfig:
     average: float = 0.98
     evaluate_every: int = 50
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         inner_gradients.by_name(self.inner_gradient)
         for name in ("outer_steps", "lanes", "truncation", "evaluate_every"):
             if getattr(self, name) < 1:

@@ -12,7 +12,7 @@ from advmeta.types import Array, Params, PyTree
 
 
 def saved_model(
-    path: str | os.PathLike, optimizee: str, x_shape: tuple[int, ...], num_classes: int
+    path: str | os.PathLike[str], optimizee: str, x_shape: tuple[int, ...], num_classes: int
 ) -> tuple[Callable[[Params, Array], Array], Params]:
     """An optimizee's apply, and its parameters from a file that `load_any_params` reads.
 

@@ -178,4 +178,4 @@ def _restart_finished(config, families, meta_params, lanes, key) -> tuple[tuple[
         lane, gone = jax.vmap(functools.partial(restart, family))(family_lanes, lane_keys)
         restarted.append(lane)
         lost.append(gone.sum())
-    return tuple(restarted), sum(lost)
+    return tuple(restarted), jnp.asarray(sum(lost))

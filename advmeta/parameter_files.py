@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save
 from advmeta.types import PyTree
 
 
-def save_params(path: str | os.PathLike, params: PyTree) -> None:
+def save_params(path: str | os.PathLike[str], params: PyTree) -> None:
     """Writes a model's parameters to a safetensors file, in one go.
 
     Args:
@@ -41,7 +42,7 @@ def save_params(path: str | os.PathLike, params: PyTree) -> None:
     os.replace(temporary, path)
 
 
-def load_params(path: str | os.PathLike) -> PyTree:
+def load_params(path: str | os.PathLike[str]) -> PyTree:
     """Reads what `save_params` wrote.
 
     Args:
@@ -68,7 +69,7 @@ def load_params(path: str | os.PathLike) -> PyTree:
     return unflatten_dict({name: jnp.asarray(leaf) for name, leaf in arrays.items()}, sep="/")
 
 
-def load_any_params(path: str | os.PathLike) -> PyTree:
+def load_any_params(path: str | os.PathLike[str]) -> PyTree:
     """Reads parameters that others wrote: safetensors, Flax's msgpack, or an Orbax checkpoint.
 
     Args:
@@ -111,7 +112,7 @@ def _read_orbax(path: pathlib.Path) -> PyTree:
         raise ValueError(f"{str(path)!r} is not an Orbax checkpoint ({reason})") from error
 
 
-def _flat(params: PyTree) -> dict[str, jax.Array]:
+def _flat(params: PyTree) -> dict[str, Any]:
     """Paths joined by "/" -> arrays."""
     advice = "write nested dicts of arrays, as in {'layer': {'kernel': w, 'bias': b}}"
     if not isinstance(params, dict) or not jax.tree.leaves(params):

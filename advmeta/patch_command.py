@@ -15,6 +15,7 @@ from advmeta.named_models import saved_model
 from advmeta.parameter_files import load_any_params, save_params
 from advmeta.patching import PatchReport, patch
 from advmeta.run_folder import Shared, open_folder, replace_file
+from advmeta.types import Norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Patch(Shared):
     examples: int | None = None
     weights: str = "digits-linf"
     steps: int | None = None
-    norm: str = "linf"
+    norm: Norm = "linf"
     epsilon: float = 0.1
     max_clean_drop: float | None = None
 
@@ -55,10 +56,8 @@ def patch_files(command: Patch, line: str, console: Console) -> pathlib.Path:
     """Patches, writes the folder, and prints a table; ``line`` is what was typed."""
     if command.params is None:
         raise ValueError("--params names the model's parameters, a .safetensors file for one")
-    if (command.model is None) == (command.optimizee is None):
-        raise ValueError("give either --model module:function or --optimizee NAME, say mlp-20")
     dataset = data.load(command.data)
-    apply, params = _model(command, dataset)
+    apply, params = _model(command.params, command.model, command.optimizee, dataset)
     draw_key, patch_key = jax.random.split(jax.random.key(command.seed))
     x, y = _some(dataset.train, command, draw_key)
     with open_folder("patch", command) as (folder, _):
@@ -77,16 +76,18 @@ def patch_files(command: Patch, line: str, console: Console) -> pathlib.Path:
     return folder
 
 
-def _model(command: Patch, dataset: data.Dataset):
+def _model(path: pathlib.Path, model: str | None, optimizee: str | None, dataset: data.Dataset):
     x = dataset.test.x
-    if command.optimizee is not None:
-        return saved_model(command.params, command.optimizee, x.shape[1:], dataset.num_classes)
-    apply, params = import_function(command.model, "model"), load_any_params(command.params)
+    if optimizee is not None and model is None:
+        return saved_model(path, optimizee, x.shape[1:], dataset.num_classes)
+    if model is None or optimizee is not None:
+        raise ValueError("give either --model module:function or --optimizee NAME, say mlp-20")
+    apply, params = import_function(model, "model"), load_any_params(path)
     try:
         jax.eval_shape(apply, params, x[:1])
     except Exception as error:  # the user's function may raise anything
         raise ValueError(
-            f"{command.model} fails on the parameters of {command.params} and an image of shape "
+            f"{model} fails on the parameters of {path} and an image of shape "
             f"{x.shape[1:]}: {type(error).__name__}: {error}"
         ) from error
     return apply, params

@@ -59,7 +59,7 @@ def patch(
     *,
     threat_model: ThreatModel,
     key: Key,
-    meta_optimizer: str | os.PathLike | optax.GradientTransformation = "digits-linf",
+    meta_optimizer: str | os.PathLike[str] | optax.GradientTransformation = "digits-linf",
     steps: int | None = None,
     held_out: tuple[Array, Array] | None = None,
     max_clean_drop: float | None = None,
@@ -145,7 +145,7 @@ class Averaged(NamedTuple):
 
     inner: optax.OptState
     average: Params
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # optax's name
 
 
 def with_average(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -159,8 +159,8 @@ def with_average(optimizer: optax.GradientTransformation) -> optax.GradientTrans
     def init(params: Params) -> Averaged:
         return Averaged(optimizer.init(params), params, jnp.zeros([], jnp.int32))
 
-    def update(gradient, state: Averaged, params: Params):
-        updates, inner = optimizer.update(gradient, state.inner, params)
+    def update(updates, state, params: Params = None):
+        updates, inner = optimizer.update(updates, state.inner, params)
         count = state.count + 1
         weight = (AVERAGING_POWER + 1) / (count + AVERAGING_POWER)
         now = optax.apply_updates(params, updates)
@@ -219,7 +219,8 @@ def _resolve(
     else:
         optimizer, card = load_meta_optimizer(meta_optimizer), load_card(meta_optimizer)
         notes = _outside_of(card, meta_optimizer, steps, threat_model)
-        steps = card["training"]["horizon"][1] if steps is None else steps
+        if steps is None:
+            steps = int(card["training"]["horizon"][1])
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
     return optimizer, steps, "; ".join(notes)

@@ -42,7 +42,8 @@ def make_table(
     curves.json, and of the meta-optimizer's first model behaviour.json, twins.json and, if
     ``check``, sanity.json.
     """
-    results, key, models = folder / "results.json", jax.random.key(seed), []
+    results, key = folder / "results.json", jax.random.key(seed)
+    models: list[tuple[Task, PyTree]] = []
     records = json.loads(results.read_text()) if results.exists() else []
     done = len(records) // ((len(config.rows) + 1) * config.seeds)
 

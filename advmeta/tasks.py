@@ -8,11 +8,9 @@ import jax.numpy as jnp
 from advmeta import data, optimizees
 from advmeta.attacks.threat_model import ThreatModel
 from advmeta.attacks.validation import check_arrays
-from advmeta.types import Array, Batch, Key, Optimizee
+from advmeta.types import Array, Batch, Key, Norm, Optimizee
 
-
-def _static(**kwargs):
-    return dataclasses.field(metadata={"static": True}, **kwargs)
+_STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -36,11 +34,11 @@ class Task:
     train: Batch
     held_out: Batch
     threat_model: ThreatModel
-    optimizee: Optimizee = _static()
-    batch_size: int = _static(default=128)
+    optimizee: Optimizee = dataclasses.field(metadata=_STATIC)
+    batch_size: int = dataclasses.field(default=128, metadata=_STATIC)
     replay: Array | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not _is_placeholder(self.train):
             for part in (self.train, self.held_out):
                 check_arrays(*part)
@@ -76,12 +74,12 @@ class TaskFamily:
 
     pool: Batch
     threat_model: ThreatModel
-    optimizee: Optimizee = _static()
-    train_examples: int = _static()
-    batch_size: int = _static(default=128)
+    optimizee: Optimizee = dataclasses.field(metadata=_STATIC)
+    train_examples: int = dataclasses.field(metadata=_STATIC)
+    batch_size: int = dataclasses.field(default=128, metadata=_STATIC)
     replay: Array | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_batch_size(self.batch_size, self.train_examples)
         if _is_placeholder(self.pool):
             return
@@ -125,10 +123,10 @@ class TaskConfig:
     optimizee: str = "mlp-20"
     train_examples: int = 500
     batch_size: int = 128
-    norm: str = "linf"
+    norm: Norm = "linf"
     epsilon: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ThreatModel(self.norm, self.epsilon)
         optimizees.by_name(self.optimizee)
         check_batch_size(self.batch_size, self.train_examples)

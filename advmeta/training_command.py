@@ -137,7 +137,8 @@ def _take_up(
         )
     metrics.extend(found.record["metrics"])
     history = ({k: v for k, v in record.items() if k != "seconds"} for record in metrics)
-    return TrainingState(*found.arrays, tuple(history))
+    outer, best, best_robust = found.arrays
+    return TrainingState(outer, best, best_robust, tuple(history))
 
 
 def _logged(

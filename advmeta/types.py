@@ -4,7 +4,7 @@ Shapes in docstrings are written in brackets: n examples, h x w pixels, c channe
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -14,6 +14,7 @@ Key = chex.PRNGKey  # a typed `jax.random.key`, used once
 PyTree = Any
 Params = PyTree  # of the optimizee
 MetaParams = PyTree  # of the meta-optimizer
+Norm = Literal["linf", "l2", "l1"]
 LogitsFn = Callable[[Array], Array]  # x [n, ...] -> logits [n, k]
 
 

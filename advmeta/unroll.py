@@ -30,7 +30,7 @@ class InnerState(NamedTuple):
     """What the next inner step needs."""
 
     params: Params
-    opt_state: optax.OptState
+    opt_state: PyTree
     step: Array  # [] int32: inner steps since the start of the episode
     gradient_state: PyTree = ()  # of the inner gradient, where it remembers anything
 

@@ -1,6 +1,8 @@
-"""A user's data set, optimizee, inner gradient and optimizer, named as module:function."""
+"""A user's data set, optimizee, inner gradient and optimizer, named as module:function.
 
-import json
+The commands are tested with the example of docs/custom.md, in test_docs.py.
+"""
+
 import sys
 
 import jax
@@ -9,7 +11,7 @@ import optax
 import pytest
 
 import advmeta
-from advmeta import cli, data, inner_gradients, optimizees
+from advmeta import data, inner_gradients, optimizees
 from advmeta.imports import import_attribute, is_import_name
 
 MINE = """
@@ -69,31 +71,6 @@ def test_each_is_what_the_function_gives(at_home):
     found, _ = advmeta.train(task, optimizer, jax.random.key(1), steps=50, inner_gradient=mine)
     expected, _ = advmeta.train(task, optax.adam(0.02), jax.random.key(1), steps=50)
     np.testing.assert_array_equal(found["w"], expected["w"])
-
-
-@pytest.mark.slow
-def test_they_are_trained_on_and_patched_from_the_command_line(at_home, capsys):
-    task = {"dataset": "my_code:stripes", "optimizee": "my_code:affine", "train_examples": 200,
-            "batch_size": 32}  # fmt: skip
-    training = {
-        "tasks": [task], "selection": [task], "inner_gradient": "my_code:clean", "lanes": 2,
-        "meta_optimizer": {"hidden": [4]}, "truncation": 2, "horizon": [4, 20], "outer_steps": 2,
-        "evaluate_every": 2,
-    }  # fmt: skip
-    (at_home / "config.json").write_text(json.dumps({"training": training}))
-    cli.main(["meta-train", "--config", "config.json", "--output", "trained"])
-    stripes, optimizee = data.load("my_code:stripes"), optimizees.by_name("my_code:affine", 2)
-    task = advmeta.Task(stripes.train, stripes.test, advmeta.ThreatModel(), optimizee, 32)
-    params, _ = advmeta.train(task, optax.adam(1e-2), jax.random.key(1), steps=100)
-    advmeta.save_params("affine.safetensors", params)
-    for weights in (["trained/meta_optimizer.safetensors"], ["my_code:optimizer", "--steps", "9"]):
-        folder = weights[0].replace("/", "-").replace(":", "-")
-        model = ["--params", "affine.safetensors", "--optimizee", "my_code:affine"]
-        where = ["--data", "my_code:stripes", "--output", folder]
-        cli.main(["patch", *model, *where, "--weights", *weights])
-        results = json.loads((at_home / folder / "results.json").read_text())
-        assert results["steps"] == (9 if "--steps" in weights else 20)
-        assert results["before"]["clean"] > 0.9
 
 
 @pytest.mark.parametrize(

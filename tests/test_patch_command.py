@@ -100,7 +100,7 @@ def test_it_writes_what_it_prints_whatever_the_format_and_the_way_to_name_the_mo
         (["--params", "empty", "--optimizee", "mlp-6"], "is not an Orbax checkpoint"),
         (["--params", "orbax", "--optimizee", "mlp-6", "--examples", "0"], "must be from 1 to"),
         (["--params", "orbax", "--optimizee", "mlp-6", "--examples", "9"], "batch_size=64 must"),
-        (["--params", "orbax", "--optimizee", "mlp-6", "--norm", "l3"], "norm='l3' is unknown"),
+        (["--params", "orbax", "--optimizee", "mlp-6", "--norm", "l3"], "invalid choice 'l3'"),
         (["--params", "orbax", "--optimizee", "mlp-6", "--weights", "x"], "'x' is unknown"),
         (["--params", "orbax", "--optimizee", "mlp-6-5"], "mlp-6-5 for images of shape (8, 8, 1)"),
         (["--params", "other.safetensors", "--model", "patched_model:apply"], "KeyError: 'bias'"),

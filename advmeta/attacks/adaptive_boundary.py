@@ -90,9 +90,9 @@ def fab(
         logits_fn, x, y, threat_model, key, loss="margin", target_ranks=target_ranks, x_init=x_init,
         targeted=targeted, eot_samples=None, steps=steps, restarts=restarts,
     )  # fmt: skip
-    logits_fn, x, y, x_init, target_ranks, _, note = prepared
+    logits_fn, x, y, x_init, ranks, _, note = prepared
     result = _fab(
-        logits_fn, x, y, threat_model, key, target_ranks, x_init, stop_at_epsilon,
+        logits_fn, x, y, threat_model, key, ranks, x_init, stop_at_epsilon,
         steps=steps, restarts=restarts, targeted=targeted,
     )  # fmt: skip
     return result._replace(note=note)

@@ -104,9 +104,9 @@ def apgd(
         logits_fn, x, y, threat_model, key, loss=loss, target_ranks=target_ranks, x_init=x_init,
         targeted=targeted, eot_samples=eot_samples, steps=steps, restarts=restarts,
     )  # fmt: skip
-    logits_fn, x, y, x_init, target_ranks, loss, note = prepared
+    logits_fn, x, y, x_init, ranks, loss, note = prepared
     result = _apgd(
-        logits_fn, x, y, threat_model, key, target_ranks, x_init, rho,
+        logits_fn, x, y, threat_model, key, ranks, x_init, rho,
         steps=steps, restarts=restarts, targeted=targeted, loss=loss, eot_samples=eot_samples,
     )  # fmt: skip
     return result._replace(note=note)

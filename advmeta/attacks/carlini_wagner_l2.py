@@ -164,7 +164,7 @@ def _carlini_wagner(
         gradient, (loss, succeeds, new) = jax.grad(penalty, has_aux=True)(state.w, const)
         succeeds = succeeds & state.moves
         update, adam = optimizer.update(gradient, state.adam)
-        w = choose(state.moves, state.w + update, state.w)
+        w = choose(state.moves, optax.tree.add(state.w, update), state.w)
         looks = state.step % look_every == 0
         stands_still = abort_early & looks & (loss > STILL * state.earlier_loss)
         moves = state.moves & ~stands_still

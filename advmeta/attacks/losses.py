@@ -4,7 +4,7 @@ Every loss is per example, larger where the example is closer to being misclassi
 take ``(logits [n, k], y [n])``; those towards a class take ``(logits, y, target [n])`` as well.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ def resolve(loss: str | Callable, classes: int, *, towards_a_class: bool) -> tup
     return table[loss], Note()
 
 
-def check_ranks(ranks, classes: int) -> tuple[list[int], Note]:
+def check_ranks(ranks: Iterable[int], classes: int) -> tuple[list[int], Note]:
     """The target ranks that the model has classes for, and a note where some were left out.
 
     Rank 2 is the strongest class but one of the clean logits, rank ``classes`` the weakest.

@@ -80,9 +80,9 @@ def multi_targeted(
         target_ranks="all" if target_ranks is None else target_ranks, x_init=x_init,
         targeted=False, eot_samples=eot_samples, steps=steps, restarts=restarts,
     )  # fmt: skip
-    logits_fn, x, y, x_init, target_ranks, loss, note = prepared
+    logits_fn, x, y, x_init, ranks, loss, note = prepared
     result = _multi_targeted(
-        logits_fn, x, y, threat_model, key, target_ranks, x_init, step_size,
+        logits_fn, x, y, threat_model, key, ranks, x_init, step_size,
         steps=steps, restarts=restarts, loss=loss, eot_samples=eot_samples,
     )  # fmt: skip
     return result._replace(note=note)

@@ -24,7 +24,7 @@ def pgd(
     threat_model: ThreatModel,
     key: Key,
     steps: int = 40,
-    step_size: float | None = None,
+    step_size: float | Array | None = None,
     restarts: int = 1,
     targeted: bool = False,
     loss: Loss = cross_entropy,

@@ -4,15 +4,17 @@ An attack draws one key an example, so that what it finds depends neither on the
 the order; the model is therefore called on one example at a time, under `jax.vmap`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from advmeta.attacks.validation import as_partial
-from advmeta.types import Array, Key, LogitsFn
+from advmeta.types import Array, Key
 
 
-def average_logits(logits_fn, key: Key, samples: int) -> LogitsFn:
+def average_logits(logits_fn: Callable[..., Array], key: Key, samples: int) -> Partial:
     """A deterministic model for any attack: the mean of the logits over fixed draws.
 
     ``f(x) = 1/samples * sum_s logits_fn(x, key_s)``
@@ -44,7 +46,7 @@ def average_logits(logits_fn, key: Key, samples: int) -> LogitsFn:
     return Partial(_mean_logits, as_partial(logits_fn), jax.random.split(key, samples))
 
 
-def with_keys(logits_fn, keys: Key, x: Array) -> Array:
+def with_keys(logits_fn: Callable[..., Array], keys: Key, x: Array) -> Array:
     """The logits [n, k] of x [n, ...], each example with its own key [n]."""
     return jax.vmap(lambda x_i, key_i: logits_fn(x_i[None], key_i)[0])(x, keys)
 

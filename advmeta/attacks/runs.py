@@ -53,14 +53,15 @@ def prepare(
     x_init = check_start(x_init, x)
     classes = jax.eval_shape(one_draw, x).shape[1]
     loss, note = losses.resolve(loss, classes, towards_a_class=target_ranks is not None)
+    ranks = None
     if target_ranks is not None:
         every = range(2, classes + 1)
-        ranks, rank_note = losses.check_ranks(
+        kept, rank_note = losses.check_ranks(
             every if target_ranks == "all" else target_ranks, classes
         )
-        target_ranks = jnp.array(ranks)
+        ranks = jnp.array(kept)
         note = Note("; ".join(filter(None, [note, rank_note])))
-    return Prepared(logits_fn, x, y, x_init, target_ranks, loss, note)
+    return Prepared(logits_fn, x, y, x_init, ranks, loss, note)
 
 
 def check_counts(**counts) -> None:
@@ -122,7 +123,7 @@ def attack_in_runs(
             start = random_start(run_keys if eot_samples is None else fold(run_keys, 0))
             if x_init is not None:
                 start = jnp.where(index % restarts == 0, x_init, start)
-        if target_ranks is None:
+        if clean_logits is None:
             sign = -1.0 if targeted else 1.0
             objective = partial(_plain, loss, sign, y)
         else:

@@ -39,7 +39,7 @@ def phases(steps: int) -> Schedule:
     """
     large = 3 * steps // 10
     lengths = np.array([large, large, steps + 1 - 2 * large])
-    factor = np.repeat(np.float32([3, 2, 1]), lengths)
+    factor = np.repeat(np.array([3, 2, 1], np.float32), lengths)
     age = np.concatenate([np.arange(length) for length in lengths])
     # A phase of n steps has checkpoints 0.04 n apart: at every step, in runs of 100.
     period = np.repeat(np.maximum((0.04 * (lengths - [0, 0, 1])).astype(int), 1), lengths)

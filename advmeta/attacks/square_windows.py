@@ -253,11 +253,11 @@ def bump_windows(
         # In a vector there is one way to cut a window in halves.
         transposed = orientation | (grid.h == 1)
         to, emptied = (_corner(positions[i], side, grid) for i in (0, 1))
-        lines = [
+        rows, columns = (
             _line(extent, to[axis], emptied[axis], side, table, transposed == (axis == 1))
             for axis, extent in enumerate((grid.h, grid.w))
-        ]
-        return BumpWindows(*lines, _signs(_channel_bits(sign_words, grid.c), dtype))
+        )
+        return BumpWindows(rows, columns, _signs(_channel_bits(sign_words, grid.c), dtype))
 
     # Iterations first, then examples.
     per_example = jax.vmap(one, in_axes=(None, 0, 0, 0))

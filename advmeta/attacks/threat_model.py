@@ -1,15 +1,15 @@
 """What the adversary may do: the norm ball around x, cut to the bounds of the input space."""
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from advmeta.attacks import l1_ball
 from advmeta.attacks.batching import to_reduce
-from advmeta.types import Array, Key
+from advmeta.types import Array, Key, Norm
 
 ORDERS = {"linf": np.inf, "l2": 2.0, "l1": 1.0}
 NORMS = tuple(ORDERS)
@@ -40,11 +40,11 @@ class ThreatModel:
       ThreatModel(norm='linf', epsilon=0.03137254901960784, bounds=(0.0, 1.0))
     """
 
-    norm: Literal["linf", "l2", "l1"] = dataclasses.field(default="linf", metadata={"static": True})
+    norm: Norm = dataclasses.field(default="linf", metadata={"static": True})
     epsilon: float | Array = 0.1
     bounds: tuple[float, float] = dataclasses.field(default=(0.0, 1.0), metadata={"static": True})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r} is unknown; the known norms are {list(NORMS)}")
         lower, upper = self.bounds
@@ -55,7 +55,7 @@ class ThreatModel:
             )
         # Tracers, and the placeholders that tree transformations put here, cannot be looked at.
         known = (int, float, np.ndarray, np.number, jax.Array)
-        if isinstance(self.epsilon, known) and not isinstance(self.epsilon, jax.core.Tracer):
+        if isinstance(self.epsilon, known) and not isinstance(self.epsilon, Tracer):
             epsilon = np.asarray(self.epsilon)
             if not (np.isfinite(epsilon).all() and (epsilon >= 0).all()):
                 raise ValueError(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import Partial
 
 from advmeta.attacks.threat_model import ThreatModel
@@ -78,9 +79,9 @@ def check_batch(x, y, bounds: tuple[float, float]) -> Batch:
             f"x has shape {x.shape}; it must be a batch [n, ...] with at least one example: "
             "for a single one write x[None]"
         )
-    if not isinstance(x, jax.core.Tracer):
+    if not isinstance(x, Tracer):
         _check_values(np.asarray(x), bounds)
-    return Batch(jnp.asarray(x), jnp.asarray(y))
+    return Batch(x, y)
 
 
 def check_arrays(x, y) -> Batch:
@@ -112,7 +113,7 @@ def check_arrays(x, y) -> Batch:
     # and half precision would lose their smaller steps.
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
     dtype = jnp.promote_types(dtype, jnp.float32)
-    return Batch(x.astype(dtype), y.astype(jnp.int32))
+    return Batch(jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32))
 
 
 def _numbers(value, what: str) -> np.ndarray | Array:
@@ -151,11 +152,11 @@ def _check_values(x: np.ndarray, bounds: tuple[float, float]) -> None:
 
 
 def _check_label_range(y: Array, classes: int) -> None:
-    if isinstance(y, jax.core.Tracer):
+    if isinstance(y, Tracer):
         return
-    y = np.asarray(y)  # inside a jit even the minimum of a known array is traced
-    if y.min() < 0 or y.max() >= classes:
+    labels = np.asarray(y)  # inside a jit even the minimum of a known array is traced
+    if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
-            f"labels lie in [{y.min()}, {y.max()}] but the model has {classes} classes, "
+            f"labels lie in [{labels.min()}, {labels.max()}] but the model has {classes} classes, "
             f"0 to {classes - 1}"
         )

@@ -102,9 +102,9 @@ def draw(
     return order[np.sort(np.concatenate(keep))]  # the classes stay mixed, as in the random order
 
 
-def _check_count(argument: str, count: int, available: int, of_what: str) -> None:
-    whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
-    if not whole or not 1 <= count <= available:
+def _check_count(argument: str, count: object, available: int, of_what: str) -> None:
+    whole = isinstance(count, (int, np.integer))
+    if not whole or isinstance(count, bool) or not 1 <= count <= available:
         raise ValueError(
             f"{argument}={count!r} must be a whole number from 1 to {available}: there are "
             f"{available} {of_what}"

@@ -12,13 +12,13 @@ from advmeta.imports import import_function, is_import_name
 
 
 def load(
-    name: str | os.PathLike,
+    name: str | os.PathLike[str],
     *,
     train_examples: int | None = None,
     examples_per_class: int | None = None,
     seed: int = 0,
     num_classes: int | None = None,
-    data_dir: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
 ) -> Dataset:
     """Loads a data set of images onto the device.
 

@@ -10,12 +10,12 @@ from advmeta.data.dataset import Part, Source
 KEYS = ("train_image", "train_label", "test_image", "test_label")
 
 
-def open_npz(path: str | os.PathLike) -> Source:
+def open_npz(path: str | os.PathLike[str]) -> Source:
     """Reads and checks the four arrays; see `advmeta.data.load`."""
     return open_arrays(_read(os.fspath(path)), path)
 
 
-def open_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> Source:
+def open_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> Source:
     """Checks the four arrays, wherever they are from; ``path`` is for messages."""
     missing = [key for key in KEYS if key not in arrays]
     if missing:

@@ -7,6 +7,7 @@ where it is needed, so that ``import advmeta`` stays fast.
 import difflib
 import importlib.util
 import os
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ HELD_OUT = 0.2  # of the training set, where a data set has neither a test nor a
 SPLIT_SEED = 0
 
 
-def open_tfds(name: str, data_dir: str | os.PathLike | None) -> Source:
+def open_tfds(name: str, data_dir: str | os.PathLike[str] | None) -> Source:
     """Reads labels and encoded images; images are decoded when asked for, the chosen ones only."""
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
@@ -37,7 +38,7 @@ def open_tfds(name: str, data_dir: str | os.PathLike | None) -> Source:
     return Source(_subset(train_part, order[count:]), _subset(train_part, order[:count]), classes)
 
 
-def _builder(name: str, data_dir):
+def _builder(name: str, data_dir) -> Any:
     import tensorflow_datasets as tfds
 
     try:
@@ -49,10 +50,11 @@ def _builder(name: str, data_dir):
 
 def _unknown(name: str, error: Exception) -> str:
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
 
     known = [*EMBEDDED, *tfds.list_builders(with_community_datasets=False)]
     similar = [other for other in difflib.get_close_matches(name, known) if other != name]
-    listed = isinstance(error, tfds.core.registered.DatasetNotFoundError)  # with all names: pages
+    listed = isinstance(error, DatasetNotFoundError)  # with all names: pages
     return (
         f"{name!r} is no data set that can be opened"
         + (f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ".")

@@ -51,7 +51,7 @@ class Row(NamedTuple):
     optimizer: str
     inner_gradient: str
     baseline: str
-    belongs: Callable[[Hyperparameters], np.ndarray]  # which points of the grid, bool [g]
+    belongs: Callable[[Hyperparameters], Array]  # which points of the grid, bool [g]
 
 
 def adam(point: Hyperparameters) -> optax.GradientTransformation:
@@ -85,10 +85,10 @@ def one_of(
     def init(params: Params) -> tuple:
         return tuple(optimizer.init(params) for optimizer in optimizers)
 
-    def update(gradient: Params, states: tuple, params: Params | None = None):
+    def update(updates, state, params: Params | None = None):
         def update_with(index: int) -> tuple[Params, tuple]:
-            new, state = optimizers[index].update(gradient, states[index], params)
-            return new, (*states[:index], state, *states[index + 1 :])
+            new, new_state = optimizers[index].update(updates, state[index], params)
+            return new, (*state[:index], new_state, *state[index + 1 :])
 
         branches = [functools.partial(update_with, index) for index in range(len(optimizers))]
         return jax.lax.switch(which, branches)
@@ -130,15 +130,15 @@ BASELINES = {
 }
 
 
-def _plain(point: Hyperparameters) -> np.ndarray:
+def _plain(point: Hyperparameters) -> Array:
     return (point.noise == 0) & (point.weight_decay == 0)
 
 
-def _no_noise(point: Hyperparameters) -> np.ndarray:
+def _no_noise(point: Hyperparameters) -> Array:
     return point.noise == 0
 
 
-def _noise(point: Hyperparameters) -> np.ndarray:
+def _noise(point: Hyperparameters) -> Array:
     return point.noise > 0
 
 

@@ -40,13 +40,13 @@ def watched(
         nothing = jax.tree.map(jnp.zeros_like, params)
         return Moves(states, params, nothing, (nothing,) * len(optimizers))
 
-    def update(gradient: Params, moves: Moves, params: Params):
+    def update(updates, state, params: Params = None):
         pairs = [
-            optimizer.update(gradient, state, params)
-            for optimizer, state in zip(optimizers, moves.states, strict=True)
+            optimizer.update(updates, each, params)
+            for optimizer, each in zip(optimizers, state.states, strict=True)
         ]
-        updates, states = zip(*pairs, strict=True)
-        return updates[0], Moves(states, params, gradient, updates)
+        made, states = zip(*pairs, strict=True)
+        return made[0], Moves(states, params, updates, made)
 
     return optax.GradientTransformation(init, update)
 

@@ -5,7 +5,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,9 @@ class AutoAttackResult(NamedTuple):
     note: Note  # what was done otherwise than asked, e.g. for want of classes
 
     def _repr_html_(self) -> str:
-        points = contributions(self.ledger, (0.0,) if self.epsilons is None else self.epsilons)
+        points = contributions(
+            self.ledger, (0.0,) if self.epsilons is None else self.epsilons.tolist()
+        )
         rows: list[tuple] = [("nothing", "", self.clean_accuracy)]
         for point in points:
             at = "" if self.epsilons is None else f" at epsilon {point['epsilon']:.3g}"
@@ -51,14 +53,14 @@ class AutoAttackResult(NamedTuple):
 
 def autoattack(
     logits_fn: LogitsFn,
-    x: Array,
-    y: Array,
+    x: Array | np.ndarray,
+    y: Array | np.ndarray,
     *,
     threat_model: ThreatModel,
     key: Key,
     version: str = "standard",
     batch_size: int = 256,
-    attacks: Sequence | None = None,
+    attacks: Sequence[Any] | None = None,
     epsilons: Sequence[float] | None = None,
     state_path: str | Path | None = None,
     progress: bool = False,

@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,7 +55,7 @@ class State:
     def robust(self) -> np.ndarray:
         return self.run == ROBUST
 
-    def record(self, index: np.ndarray, x_adv: np.ndarray, distance: np.ndarray, run: int) -> None:
+    def record(self, index: np.ndarray, x_adv: np.ndarray, distance, run: int) -> None:
         """Marks the examples ``index`` as broken by a run."""
         self.run[index], self.distance[index], self.x_adv[index] = run, distance, x_adv
 
@@ -98,7 +98,7 @@ def save(path: Path, done: Sequence[State], state: State, identity: Fingerprint)
     """
     states = [*done, state]
     broken = [~s.robust for s in states]
-    arrays = {
+    arrays: dict[str, Any] = {
         "format": np.array(FORMAT),
         "settings": np.array(identity.settings),
         "logits": identity.logits,

@@ -41,8 +41,10 @@ def autoattack_accuracy(task: Task, params: PyTree, key: Key) -> list[float]:
     models = [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(count)]
     ball = task.threat_model
     return [
-        autoattack(
-            Partial(task.optimizee.apply, model), *task.held_out, threat_model=ball, key=key
-        ).robust_accuracy
+        float(
+            autoattack(
+                Partial(task.optimizee.apply, model), *task.held_out, threat_model=ball, key=key
+            ).robust_accuracy
+        )
         for model in models
     ]

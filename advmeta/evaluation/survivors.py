@@ -6,7 +6,7 @@ Results are kept on the host; compiled code sees batches of a few sizes.
 import contextlib
 import dataclasses
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +61,7 @@ def evaluate(task: Task, radii, diary: Diary, is_correct, progress):
     done, state = diary.read(task.x) or ([], State.fresh(task.x))
     clean_errors = np.flatnonzero(~is_correct & state.robust)
     state.record(clean_errors, task.x[clean_errors], np.float32(0), 0)
-    seconds, notes = Counter(), {}
+    seconds, notes = defaultdict(float), {}
     with _bar(progress, len(radii) * len(task.attacks)) as show:
         try:
             while True:

@@ -5,7 +5,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,12 @@ from advmeta.evaluation.stronger import with_autoattack
 from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.inner_gradients import RECIPES, InnerGradient, Recipe, clean
 from advmeta.tasks import Task
-from advmeta.types import Array, Key, PyTree
+from advmeta.types import Array, Key, Norm, PyTree
 from advmeta.unroll import train
 
 Progress = Callable[[str], None]
 META_OPTIMIZER = "meta-optimizer"  # its rows' name
-Make = Callable[[Choice | None, Task], tuple[optax.GradientTransformation, InnerGradient]]
+Make = Callable[[Any, Task], tuple[optax.GradientTransformation, InnerGradient]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Cell:
     dataset: str
     optimizee: str
     epsilon: float
-    norm: str = "linf"
+    norm: Norm = "linf"
 
     def __post_init__(self):
         ThreatModel(self.norm, self.epsilon)
@@ -142,7 +142,9 @@ def transfer_cells(
       accuracy along training ("learning") and robust accuracy against epsilon ("epsilon").
     """
 
-    def ours(choice: None, task: Task) -> tuple[optax.GradientTransformation, InnerGradient]:
+    def ours(
+        choice: Choice | None, task: Task
+    ) -> tuple[optax.GradientTransformation, InnerGradient]:
         return meta_optimizer, clean
 
     for index, cell in enumerate(config.cells[first:], first):

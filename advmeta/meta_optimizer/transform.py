@@ -1,12 +1,13 @@
 """The meta-optimizer as an optax transformation."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import tree_leaves_with_path
+from jax.typing import ArrayLike
 from optax._src.base import NO_PARAMS_MSG  # optax's own words; not exported
 
 from advmeta.meta_optimizer import features
@@ -40,7 +41,7 @@ class MetaOptimizerConfig:
     shrinkage: float = 0.025
     shift: float = 10.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = [name for name in self.features if name not in features.FEATURES]
         if unknown or not self.features:
             raise ValueError(
@@ -58,9 +59,9 @@ class MetaOptimizerConfig:
 class ScaleByMetaOptimizerState(NamedTuple):
     """Param-shaped trees, one a field, so that a parameter's sharding maps onto its state."""
 
-    count: Array  # shape=(), dtype=jnp.int32.
-    mu: optax.Updates  # Adam's moments; None where the features do not use them.
-    nu: optax.Updates
+    count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), int32.
+    mu: PyTree  # Adam's moments; None where the features do not use them.
+    nu: PyTree
     memory: tuple[Memory, ...]  # one a layer; each field is a tree of p.shape + (hidden,).
 
 
@@ -68,9 +69,9 @@ class _Coordinates(NamedTuple):
     """What is known of the coordinates of one tensor at one step; None: the features hide it."""
 
     gradient: Array
-    direction: Array | None  # m_hat / (sqrt(v_hat) + eps): Adam's
-    normalised: Array | None  # g / (sqrt(v_hat) + eps)
-    parameter: Array | None
+    direction: Any  # m_hat / (sqrt(v_hat) + eps): Adam's
+    normalised: Any  # g / (sqrt(v_hat) + eps)
+    parameter: Any
     position: features.LayerPosition
 
 
@@ -140,7 +141,9 @@ def scale_by_meta_optimizer(
         columns = [_leaves(tree, treedef) for tree in (direction, normalised, params)]
         tensors = map(_Coordinates, leaves, *columns, features.layer_positions(gradient))
         memories = _split_memory(state.memory, treedef)
-        stepped = [update_tensor(*pair) for pair in zip(tensors, memories, strict=True)]
+        stepped: list[tuple[Array, Any]] = [
+            update_tensor(*pair) for pair in zip(tensors, memories, strict=True)
+        ]
         new_updates = treedef.unflatten([u for u, _ in stepped])
         new_updates = jax.tree.map(lambda u, g: u.astype(g.dtype), new_updates, updates)
         memory = _join_memory([m for _, m in stepped], treedef, len(config.hidden))
@@ -148,8 +151,8 @@ def scale_by_meta_optimizer(
         return new_updates, ScaleByMetaOptimizerState(count, mu, nu, memory)
 
     def update_tensor(tensor: _Coordinates, memory: tuple[Memory, ...]):
-        readout, memory = lstm.apply({"params": meta_params}, *_see(config, tensor), memory)
-        return _update_rule(config, readout, tensor), memory
+        readout, updated = lstm.apply({"params": meta_params}, *_see(config, tensor), memory)
+        return _update_rule(config, readout, tensor), updated
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

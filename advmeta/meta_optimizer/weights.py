@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from typing import Any
 
 from advmeta.meta_optimizer.transform import MetaOptimizerConfig, check_meta_params
 from advmeta.parameter_files import load_params, save_params
@@ -11,7 +12,7 @@ from advmeta.types import MetaParams
 
 
 def save_weights(
-    path: str | os.PathLike, meta_params: MetaParams, config: MetaOptimizerConfig, **card
+    path: str | os.PathLike[str], meta_params: MetaParams, config: MetaOptimizerConfig, **card: Any
 ) -> None:
     """Writes ``path`` (safetensors) and its card, the same name ending in ``.json``.
 
@@ -30,7 +31,9 @@ def save_weights(
     os.replace(temporary, path.with_suffix(".json"))
 
 
-def load_weights(path: str | os.PathLike) -> tuple[MetaParams, MetaOptimizerConfig, dict]:
+def load_weights(
+    path: str | os.PathLike[str],
+) -> tuple[MetaParams, MetaOptimizerConfig, dict[str, Any]]:
     """Reads what `save_weights` wrote: the meta-parameters, their config, and the whole card.
 
     Raises:
@@ -40,10 +43,10 @@ def load_weights(path: str | os.PathLike) -> tuple[MetaParams, MetaOptimizerConf
     path = pathlib.Path(path)
     card = _read_card(path.with_suffix(".json"))
     try:
-        fields = card["meta_optimizer"]
-        config = MetaOptimizerConfig(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        )
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in card["meta_optimizer"].items()
+        }
+        config = MetaOptimizerConfig(**fields)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path.with_suffix('.json')} has no 'meta_optimizer' that is a "
@@ -54,7 +57,7 @@ def load_weights(path: str | os.PathLike) -> tuple[MetaParams, MetaOptimizerConf
     return meta_params, config, card
 
 
-def _read_card(path: pathlib.Path) -> dict:
+def _read_card(path: pathlib.Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text())
     except FileNotFoundError as error:

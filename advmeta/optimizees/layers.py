@@ -47,7 +47,7 @@ def check_activation(name: str) -> None:
         raise ValueError(f"activation={name!r} is unknown; the known ones are {list(ACTIVATIONS)}")
 
 
-def check_positive(**sizes) -> None:
+def check_positive(**sizes: int | tuple[int, ...]) -> None:
     for name, size in sizes.items():
         for value in size if isinstance(size, tuple) else (size,):
             if not (isinstance(value, int) and value >= 1):

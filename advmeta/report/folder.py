@@ -7,7 +7,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from advmeta.report.figures import Plot
@@ -20,17 +20,17 @@ class Run(NamedTuple):
     """What a run left, empty where it left nothing."""
 
     name: str
-    config: dict
-    card: dict
-    metrics: list[dict]
-    results: list[dict]
-    curves: dict[str, list[dict]]
-    sanity: list[dict]
-    behaviour: dict[str, list[dict]]
-    twins: dict[str, list]
+    config: dict[str, Any]
+    card: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    results: list[dict[str, Any]]
+    curves: dict[str, list[dict[str, Any]]]
+    sanity: list[dict[str, Any]]
+    behaviour: dict[str, list[dict[str, Any]]]
+    twins: dict[str, list[Any]]
 
 
-def write(folder: str | os.PathLike) -> pathlib.Path:
+def write(folder: str | os.PathLike[str]) -> pathlib.Path:
     """Writes the plots and the page of a run into its folder.
 
     The page holds all that it shows and asks for nothing from elsewhere. A part whose file is
@@ -66,7 +66,9 @@ def write(folder: str | os.PathLike) -> pathlib.Path:
     return _write(folder, page(run, made), made)
 
 
-def compare(folders: Sequence[str | os.PathLike], output: str | os.PathLike) -> pathlib.Path:
+def compare(
+    folders: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
+) -> pathlib.Path:
     """Writes a page that holds several runs against each other, with its plots.
 
     Rows of the transfer table and curves are named after the run they are of, but for baselines
@@ -139,7 +141,7 @@ def read(folder: pathlib.Path) -> Run:
                twins)  # fmt: skip
 
 
-def _load(path: pathlib.Path, parse: Callable[[str], object], kind: type):
+def _load(path: pathlib.Path, parse: Callable[[str], object], kind: type) -> Any:
     if not path.is_file():
         return kind()
     try:

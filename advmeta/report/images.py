@@ -25,8 +25,8 @@ def twins(found: Mapping[str, Sequence]) -> Plot:
         "The first test images that PGD breaks, of the meta-optimizer's first model in the first "
         "column: label → what the model says of the adversarial image."
     )
-    images = (np.asarray(found[name], float) for name in ("x", "x_adv"))
-    return image_grid(*images, names)._replace(heading="Adversarial twins", caption=caption)
+    x, x_adv = (np.asarray(found[name], float) for name in ("x", "x_adv"))
+    return image_grid(x, x_adv, names)._replace(heading="Adversarial twins", caption=caption)
 
 
 def image_grid(x: np.ndarray, x_adv: np.ndarray, names: Sequence[str]) -> Plot:

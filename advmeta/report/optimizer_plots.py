@@ -38,7 +38,7 @@ def _panel(
     def draw(ax: Axes) -> None:
         for curve in curves:
             look = appearance[curve["optimizer"]]
-            ax.plot(curve["x"], curve["median"], **look.line | {"linewidth": 1.6})
+            ax.plot(curve["x"], curve["median"], **dict(look.line, linewidth=1.6))
             ax.fill_between(curve["x"], curve["low"], curve["high"], color=COLORS[look.color][0],
                             alpha=0.16, linewidth=0, zorder=2)  # fmt: skip
         ax.axhline(0, color=COLORS["muted"][0], linewidth=0.7)
@@ -69,7 +69,7 @@ def effective_steps(lines: Sequence[Mapping]) -> Plot:
     def draw(ax: Axes) -> None:
         for line in lines:
             look = appearance[line["optimizer"], line["layer"]]
-            ax.plot(line["steps"], line["share"], **look.line | {"linewidth": 1.6})
+            ax.plot(line["steps"], line["share"], **dict(look.line, linewidth=1.6))
         ax.set_yscale("log")
         plain_ticks(ax.yaxis)
         ax.set_xlabel("inner steps")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,7 +65,7 @@ def _band(records: Sequence[Mapping]) -> str:
 
 
 def _curves(
-    title: str, x_name: str, records: Sequence[Mapping], x: str, y: str, marks: Sequence = ()
+    title: str, x_name: str, records: Sequence[Mapping], x: str, y: str, marks: Collection = ()
 ) -> Panel:
     """One curve a row: the mean over its seeds, in a band of one standard deviation."""
     appearance = looks(map(row_of, records))
@@ -132,7 +132,7 @@ def _series(title: str, lines: Sequence[tuple[str, Sequence[Mapping], str, Look]
     def draw(ax: Axes) -> None:
         for _, records, key, look in lines:
             xs, ys = points(records, key)
-            style = look.line | {"linewidth": 1.6}
+            style = dict(look.line, linewidth=1.6)
             ax.plot(xs, ys, **style, marker="o" if len(xs) < 30 else None, markersize=3)
         ax.margins(x=0.03)
         ax.set_xlabel("outer steps")

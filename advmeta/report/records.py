@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Summary(NamedTuple):
 
     mean: float  # NaN if any of the numbers is
     spread: float  # sample standard deviation; NaN for one number
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __str__(self) -> str:
         if self.count < 2 or not math.isfinite(self.mean):
@@ -115,7 +115,7 @@ def flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, value if isinstance(value, str) else json.dumps(value)
 
 
-def number(value: object) -> float:
+def number(value: Any) -> float:
     """A float; NaN for what is missing."""
     return math.nan if value is None else float(value)
 
@@ -196,7 +196,7 @@ def _cost(records: Sequence[Mapping]) -> Cost:
     return Cost(*(summarise(r.get(name) for r in records).mean for name in Cost._fields))
 
 
-def _caption(records: Sequence[Mapping], cells: Mapping[object, Cell]) -> str:
+def _caption(records: Sequence[Mapping], cells: Mapping[Any, Cell]) -> str:
     counts = sorted({cell.robust.count for cell in cells.values()})
     if counts == [1]:
         first = "Robust accuracy of one seed (clean accuracy)"

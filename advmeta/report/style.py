@@ -7,7 +7,7 @@ a dark page.
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from advmeta.report.records import Row, in_order
 
@@ -27,7 +27,7 @@ DASHES = (None, (5, 2), (1.2, 1.6), (6, 2, 1.2, 2), (9, 2))
 MARKERS = ("o", "s", "^", "v", "P")
 META_MARKER = "D"
 
-RC = {
+RC: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 8.5,
     "axes.titlesize": 9.5,
@@ -68,7 +68,7 @@ class Look(NamedTuple):
         return 2.4 if self.meta else 1.3
 
     @property
-    def line(self) -> dict:
+    def line(self) -> dict[str, Any]:
         """Arguments of `Axes.plot`."""
         return {
             "color": COLORS[self.color][0],

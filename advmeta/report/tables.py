@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from advmeta.evaluation.sanity.checks import COLUMNS, Check
 from advmeta.evaluation.sanity.checks import cells as check_cells
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COSTS = ("gradient evaluations", "adversarial examples", "seconds a run")
 
 
-def table(records: Sequence[Mapping]) -> Table:
+def table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Makes the transfer table for the terminal.
 
     A row is an optimizer and its inner gradient, the meta-optimizer's last; a column is a setting.
@@ -93,7 +93,7 @@ def _stacked(cell: Cell | None) -> Text:
     return Text.assemble(first, *((f"\n{word}", "dim") for word in rest))
 
 
-def markdown(records: Sequence[Mapping]) -> str:
+def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """Makes the transfer table of `advmeta.report.table` as GitHub markdown.
 
     Args:
@@ -124,7 +124,7 @@ def markdown(records: Sequence[Mapping]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption}\n"
 
 
-def checks(records: Sequence[Mapping]) -> Table:
+def checks(records: Sequence[Mapping[str, Any]]) -> Table:
     """Makes a table of sanity checks for the terminal; those that failed say what to do.
 
     Args:

@@ -1,7 +1,7 @@
 """The checks: what they measure, what they allow, and where that number was read."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -260,7 +260,7 @@ def _of_the_path(attempts: Attempts, correct: np.ndarray, steps: int) -> list[Ch
     ]  # fmt: skip
 
 
-def _late_rise(loss: np.ndarray, correct: np.ndarray, steps: int) -> float:
+def _late_rise(loss: Any, correct: np.ndarray, steps: int) -> float:
     """loss [2 steps + 1, n]: the share of each best loss's rise that comes late, on average."""
     best = np.maximum.accumulate(loss[:, correct].astype(np.float64), axis=0)
     if not best.size:
@@ -281,7 +281,10 @@ def _against_other_attacks(attempts: Attempts, correct: np.ndarray) -> list[Chec
     pgd = attempts.attack.result.is_adversarial
     targeted = attempts.targeted.is_adversarial
     white = correct & ~(pgd | attempts.again.result.is_adversarial | targeted)
-    black = {"Square": attempts.square.is_adversarial, "noise": attempts.noise.is_adversarial}
+    black: dict[str, Any] = {
+        "Square": attempts.square.is_adversarial,
+        "noise": attempts.noise.is_adversarial,
+    }
     if attempts.transferred is not None:
         black["the surrogate's"] = attempts.transferred
     counts = ", ".join(f"{name} {(white & found).sum()}" for name, found in black.items())

@@ -59,9 +59,9 @@ def batch_dependence(logits_fn: Partial, x: Array) -> float:
     """The largest difference between x as one batch and as two of other sizes, in unit rows."""
     whole = direction(logits_of(logits_fn, x))
     # The copy is what would be read from a file. The second part is not aligned with the first.
-    x = np.array(x)
-    cut = max(len(x) // 3, 1)
-    parts = [part for part in (x[:cut], x[cut:]) if len(part)]
+    copy = np.array(x)
+    cut = max(len(copy) // 3, 1)
+    parts = [part for part in (copy[:cut], copy[cut:]) if len(part)]
     apart = np.concatenate([direction(logits_of(logits_fn, jnp.asarray(part))) for part in parts])
     return float(np.linalg.norm(whole - apart, axis=1).max())
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Any
 
 import optax
 
@@ -22,7 +23,9 @@ def list_pretrained() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.safetensors"))
 
 
-def load_meta_optimizer(name_or_path: str | os.PathLike) -> optax.GradientTransformationExtraArgs:
+def load_meta_optimizer(
+    name_or_path: str | os.PathLike[str],
+) -> optax.GradientTransformationExtraArgs:
     """A meta-trained optimizer, ready to use: it needs no learning rate.
 
     Args:
@@ -46,7 +49,7 @@ def load_meta_optimizer(name_or_path: str | os.PathLike) -> optax.GradientTransf
     return scale_by_meta_optimizer(meta_params, config)
 
 
-def load_card(name_or_path: str | os.PathLike) -> dict:
+def load_card(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     """How a meta-optimizer was made: command, seed, hardware, versions, training, selection.
 
     Args and errors as in `load_meta_optimizer`.
@@ -60,7 +63,7 @@ def load_card(name_or_path: str | os.PathLike) -> dict:
     return card
 
 
-def _path(name_or_path: str | os.PathLike) -> pathlib.Path:
+def _path(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
     if str(name_or_path).endswith(".safetensors"):
         return pathlib.Path(name_or_path)
     if name_or_path in list_pretrained():
