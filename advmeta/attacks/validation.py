@@ -112,7 +112,7 @@ def check_arrays(x, y) -> Batch:
     # Integer images would pass a [0, 1] check only as 0s and 1s; attacks need floats all the same,
     # and half precision would lose their smaller steps.
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))
     return Batch(jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32))
 
 
