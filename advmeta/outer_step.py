@@ -6,12 +6,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from advmeta import inner_gradients
 from advmeta.held_out import held_out_loss
 from advmeta.meta_loss import meta_loss
 from advmeta.meta_optimizer.transform import init_meta_params, scale_by_meta_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
+from advmeta.sharding import split_over_devices
 from advmeta.tasks import TaskFamily
 from advmeta.types import Array, Key, MetaParams
 from advmeta.unroll import InnerState, init_inner, unroll
@@ -45,13 +47,15 @@ class OuterInfo(NamedTuple):
     lost_episodes: Array  # int32: episodes restarted because their parameters were not finite
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
+@functools.partial(jax.jit, static_argnums=(0, 2, 4))
 def init_outer(
     config: MetaTrainingConfig,
     families: tuple[TaskFamily, ...],
     outer_optimizer: optax.GradientTransformation,
     key: Key,
+    mesh: Mesh | None = None,
 ) -> OuterState:
+    """The state before the first outer step; where it lies decides where the steps are taken."""
     meta_key, lanes_key, outer_key = jax.random.split(key, 3)
     meta_params = init_meta_params(config.meta_optimizer, meta_key)
 
@@ -69,7 +73,7 @@ def init_outer(
         meta_params=meta_params,
         average=meta_params,
         outer_opt_state=outer_optimizer.init(meta_params),
-        lanes=lanes,
+        lanes=split_over_devices(lanes, mesh),
         key=outer_key,
         step=jnp.zeros([], jnp.int32),
     )

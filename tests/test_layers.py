@@ -18,7 +18,7 @@ LAYERS = [
     {"held_out", "unroll"},
     {"patching"},
     {"meta_loss"},
-    {"checkpoint", "meta_training_config"},
+    {"checkpoint", "meta_training_config", "sharding"},
     {"outer_step"},
     {"meta_training"},
     {"evaluation"},
