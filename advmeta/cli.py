@@ -18,7 +18,7 @@ import tyro
 from jax.tree_util import Partial
 from rich.console import Console
 
-from advmeta import config_files, report
+from advmeta import config_files, processes, report
 from advmeta.attack_command import Attack, attack
 from advmeta.evaluation.baselines import ROWS
 from advmeta.evaluation.sanity import Check, sanity_checks
@@ -29,7 +29,7 @@ from advmeta.patch_command import Patch, patch_files
 from advmeta.progress import TableProgress
 from advmeta.run_folder import Shared, open_folder, replace_file
 from advmeta.tasks import Task
-from advmeta.training_command import MetaTrain, Training, train_and_save
+from advmeta.training_command import MetaTrain, Training, take_part, train_and_save
 from advmeta.types import PyTree
 
 _ACCELERATOR_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "libtpu")
@@ -90,10 +90,11 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         _complain(error)
         sys.exit(2)
-    except FloatingPointError as error:
+    except (FloatingPointError, ConnectionError) as error:
         _complain(error)
         sys.exit(1)
-    console.print(f"written to {folder}", markup=False)
+    if folder is not None:
+        console.print(f"written to {folder}", markup=False)
 
 
 def _complain(error: Exception) -> None:
@@ -141,10 +142,16 @@ def _run(command: Run, line: str, console: Console) -> pathlib.Path:
     return folder
 
 
-def _meta_train(command: MetaTrain, line: str, console: Console) -> pathlib.Path:
-    with open_folder("meta-train", command) as (folder, _):
-        train_and_save(command, line, folder, console)
-        report.write(folder)
+def _meta_train(command: MetaTrain, line: str, console: Console) -> pathlib.Path | None:
+    with processes.joined(command):
+        command = dataclasses.replace(
+            command, coordinator=None, num_processes=None, process_id=None
+        )
+        if jax.process_index() > 0:
+            return take_part(command)
+        with open_folder("meta-train", command) as (folder, _):
+            train_and_save(command, line, folder, console)
+            report.write(folder)
     return folder
 
 

@@ -15,7 +15,7 @@ from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.outer_step import OuterInfo, OuterState, init_outer, outer_steps
-from advmeta.sharding import check_mesh, on_every_device
+from advmeta.sharding import check_mesh, lay_out, on_every_device
 from advmeta.tasks import TaskFamily
 from advmeta.types import Array, Key, MetaParams
 from advmeta.unroll import train, with_replay
@@ -101,8 +101,8 @@ def training_states(
     Args:
       config, key, families, selection, outer_optimizer, mesh: see `meta_train`.
       start: from the fresh state to the one to start from, e.g. one that was yielded by another
-        call with the same arguments. The rest is then the same, bit for bit. It may come from
-        another number of devices: then it is the same but for the order of sums.
+        call with the same arguments. The rest is then the same, bit for bit. If the other
+        had another mesh, pass its arrays on the host; the rest then differs by rounding.
 
     Raises:
       See `meta_train`.
@@ -121,9 +121,9 @@ def training_states(
     outer = init_outer(config, families, outer_optimizer, init_key, mesh)
     best = jax.tree.map(jnp.copy, outer.average)
     state = start(TrainingState(outer, best, jnp.float32(-1.0), ()))
-    if mesh is not None:  # a state that was read from a file lies where the fresh one did
-        placed = jax.device_put(state.outer, jax.tree.map(lambda leaf: leaf.sharding, outer))
-        state = state._replace(outer=placed)
+    if mesh is not None:  # a state from the host comes to lie as the fresh one does
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, outer)
+        state = state._replace(outer=lay_out(state.outer, shardings))
     yield state
     chunk = _steps_a_call(config)
     for done in range(int(state.outer.step) + chunk, config.outer_steps + 1, chunk):

@@ -32,7 +32,13 @@ def check_mesh(mesh: Mesh | None, lanes: int) -> Mesh | None:
 
 def on_every_device(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """The same arrays on each device of the mesh."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return tree if mesh is None else lay_out(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def lay_out(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Arrays of this process on the devices that the shardings name, other processes' too."""
+    # `jax.device_put` does so for one process alone where a leaf is a key.
+    return jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
 
 
 def split_over_devices(tree: PyTree, mesh: Mesh | None) -> PyTree:

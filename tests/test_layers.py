@@ -23,7 +23,7 @@ LAYERS = [
     {"meta_training"},
     {"evaluation"},
     {"report"},
-    {"config_files", "environment", "named_models", "progress"},  # of the command line
+    {"config_files", "environment", "named_models", "processes", "progress"},  # of the command line
     {"run_folder"},
     {"attack_command", "patch_command", "training_command"},
     {"cli"},

@@ -4,16 +4,19 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import jax
+import numpy as np
 import pytest
+import safetensors.numpy
 from jax.experimental.compilation_cache import compilation_cache
 
 import advmeta
-from advmeta import cli, training_command
+from advmeta import cli, processes, training_command
 from advmeta.run_folder import open_folder
 
 TRAINING = {
@@ -110,6 +113,95 @@ def test_a_killed_run_that_is_resumed_ends_as_an_undisturbed_one(home, undisturb
     cli.main([*argv, "--resume"])
     assert "passed over a damaged checkpoint, checkpoint 4" in capsys.readouterr().out
     assert outcome(folder) == undisturbed
+
+
+def start_two(home, name, code_of_the_second="from advmeta.cli import main; main()"):
+    """Two processes on this machine that meta-train together."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        meet = ["--coordinator", f"127.0.0.1:{server.getsockname()[1]}", "--num-processes", "2"]
+    tested = {**os.environ, "PYTHONPATH": str(pathlib.Path(advmeta.__file__).parents[1])}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *arguments(home, name, *meet, "--process-id", str(i))],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=tested,
+        )
+        for i, code in enumerate(["from advmeta.cli import main; main()", code_of_the_second])
+    ]  # fmt: skip
+
+
+def assert_same_weights(folder, undisturbed):
+    weights, expected = safetensors.numpy.load(outcome(folder)[0]), undisturbed[0]
+    for name, array in safetensors.numpy.load(expected).items():
+        np.testing.assert_allclose(weights[name], array, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_weights_of_one(home, undisturbed):
+    first, second = start_two(home, "two")
+    said, complaint = first.communicate(timeout=300)
+    assert first.returncode == 0 and f"written to {home / 'two'}" in "".join(said.split("\n")), (
+        complaint
+    )
+    assert "advmeta" not in "".join(second.communicate(timeout=60)) and second.returncode == 0
+    assert_same_weights(home / "two", undisturbed)
+    assert json.loads((home / "two" / "config.json").read_text())["coordinator"] is None
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_that_lost_one_goes_on_in_one(home, undisturbed):
+    dies = """
+import os, signal
+from advmeta import cli, training_command
+pause = training_command._pause
+def die(command, state, *others):
+    if state.outer.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pause(command, state, *others)
+training_command._pause = die
+cli.main()
+"""
+    first, second = start_two(home, "lost", dies)
+    _, complaint = first.communicate(timeout=300)  # it does not wait for ever
+    assert second.wait() == -signal.SIGKILL and first.returncode != 0
+    complaint = " ".join(complaint.split())
+    assert "process 0 of 2 cannot go on" in complaint
+    assert "If another process ended, start all of them again with --resume" in complaint
+    assert [path.name for path in (home / "lost" / "checkpoints").iterdir()] == ["2"]
+    cli.main(arguments(home, "lost", "--resume"))
+    assert_same_weights(home / "lost", undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--process-id", "1"], "the last two go with the coordinator's HOST:PORT, as in"),
+        (["--coordinator", "auto", "--num-processes", "2"], "go with the coordinator's HOST:PORT"),
+        (["--coordinator", "here:1"], "write --coordinator HOST:PORT --num-processes N --process"),
+        (["--coordinator", "h:1", "--num-processes", "2", "--process-id", "2"], "numbered from 0"),
+        (["--coordinator", "h:1", "--num-processes", "5", "--process-id", "0"],
+         "num_processes=5 is more than training.lanes=4, and each process needs one at least"),
+    ],
+)  # fmt: skip
+def test_processes_that_cannot_be(options, message, tmp_path, capsys):
+    code, said = stopped(["meta-train", "--output", str(tmp_path / "none"), *options], capsys)
+    assert code == 2 and message in said
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("lanes", "used"), [(8, 4), (6, 3), (5, None)])
+def test_one_process_takes_as_many_devices_as_divide_the_lanes(lanes, used, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: 4 * jax.local_devices())
+    mesh = processes.device_mesh(lanes)
+    assert mesh is None if used is None else mesh.shape == {"data": used}
+
+
+def test_several_processes_need_devices_that_divide_the_lanes(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: 4 * jax.local_devices())
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(
+        ValueError, match=r"lanes=6 cannot be split evenly over 4 devices .* lanes=8"
+    ):
+        processes.device_mesh(6)
 
 
 def test_both_signals_are_collected_and_given_back():
