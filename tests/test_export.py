@@ -52,10 +52,12 @@ def test_the_check_finds_what_is_for_cpus_only(function, message):
         check_lowering(function, jnp.eye(2))
 
 
-def test_meta_training():
+@pytest.mark.parametrize("estimator", ["backpropagation", "pes"])
+def test_meta_training(estimator):
     config = MetaTrainingConfig(
-        meta_optimizer=MetaOptimizerConfig(hidden=(2,)), lanes=2, truncation=2, horizon=(4, 8)
-    )
+        meta_optimizer=MetaOptimizerConfig(hidden=(2,)), lanes=2, truncation=2, horizon=(4, 8),
+        estimator=estimator,
+    )  # fmt: skip
     outer_optimizer, families = default_outer_optimizer(config), (FAMILY,)
     initialize = functools.partial(init_outer, config, families, outer_optimizer)
     state = jax.eval_shape(initialize, KEY)

@@ -18,7 +18,7 @@ LAYERS = [
     {"held_out", "unroll"},
     {"patching"},
     {"meta_loss"},
-    {"checkpoint", "meta_training_config", "sharding"},
+    {"checkpoint", "meta_training_config", "persistent_evolution", "sharding"},
     {"outer_step"},
     {"meta_training"},
     {"evaluation"},
