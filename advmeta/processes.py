@@ -129,12 +129,21 @@ def said_by_first(text: str = "") -> str:
 
 
 def given_by_first(tree: PyTree) -> PyTree:
-    """The arrays of process 0, on every process; those of the others have the same shapes."""
+    """Arrays that process 0 alone has, on every process; the others pass some of the same shapes.
+
+    Those may be split over all processes, so they are not read: only process 0 would not join in.
+    """
     if jax.process_count() == 1:
         return tree
+
+    def blank(leaf):
+        shape = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        return np.zeros(shape.shape, shape.dtype)
+
+    mine = to_host(tree) if jax.process_index() == 0 else jax.tree.map(blank, tree)
     return jax.tree.map(
         lambda leaf, given: jax.random.wrap_key_data(given) if _is_key(leaf) else given,
-        tree, multihost_utils.broadcast_one_to_all(to_host(tree)),
+        tree, multihost_utils.broadcast_one_to_all(mine),
     )  # fmt: skip
 
 

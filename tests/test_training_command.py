@@ -1,3 +1,4 @@
+import contextlib
 import fcntl
 import json
 import os
@@ -115,41 +116,30 @@ def test_a_killed_run_that_is_resumed_ends_as_an_undisturbed_one(home, undisturb
     assert outcome(folder) == undisturbed
 
 
-def start_two(home, name, code_of_the_second="from advmeta.cli import main; main()"):
-    """Two processes on this machine that meta-train together."""
+@contextlib.contextmanager
+def two_processes(home, name, *more, second="from advmeta.cli import main; main()"):
+    """Two processes on this machine that meta-train together; ``second`` is the code of one."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         meet = ["--coordinator", f"127.0.0.1:{server.getsockname()[1]}", "--num-processes", "2"]
     tested = {**os.environ, "PYTHONPATH": str(pathlib.Path(advmeta.__file__).parents[1])}
-    return [
+    codes = ["from advmeta.cli import main; main()", second]
+    argv = [arguments(home, name, *meet, "--process-id", str(i), *more) for i in range(2)]
+    started = [
         subprocess.Popen(
-            [sys.executable, "-c", code, *arguments(home, name, *meet, "--process-id", str(i))],
+            [sys.executable, "-c", code, *words],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=tested,
         )
-        for i, code in enumerate(["from advmeta.cli import main; main()", code_of_the_second])
+        for code, words in zip(codes, argv, strict=True)
     ]  # fmt: skip
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
 
 
-def assert_same_weights(folder, undisturbed):
-    weights, expected = safetensors.numpy.load(outcome(folder)[0]), undisturbed[0]
-    for name, array in safetensors.numpy.load(expected).items():
-        np.testing.assert_allclose(weights[name], array, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_weights_of_one(home, undisturbed):
-    first, second = start_two(home, "two")
-    said, complaint = first.communicate(timeout=300)
-    assert first.returncode == 0 and f"written to {home / 'two'}" in "".join(said.split("\n")), (
-        complaint
-    )
-    assert "advmeta" not in "".join(second.communicate(timeout=60)) and second.returncode == 0
-    assert_same_weights(home / "two", undisturbed)
-    assert json.loads((home / "two" / "config.json").read_text())["coordinator"] is None
-
-
-@pytest.mark.slow
-def test_a_run_of_two_processes_that_lost_one_goes_on_in_one(home, undisturbed):
-    dies = """
+DIES_AT_STEP_4 = """
 import os, signal
 from advmeta import cli, training_command
 pause = training_command._pause
@@ -160,15 +150,49 @@ def die(command, state, *others):
 training_command._pause = die
 cli.main()
 """
-    first, second = start_two(home, "lost", dies)
-    _, complaint = first.communicate(timeout=300)  # it does not wait for ever
-    assert second.wait() == -signal.SIGKILL and first.returncode != 0
+
+
+@pytest.fixture(scope="module")
+def lost(home):
+    """The folder of a run of two processes, one of which was killed."""
+    with two_processes(home, "lost", second=DIES_AT_STEP_4) as (first, second):
+        _, complaint = first.communicate(timeout=300)  # it does not wait for ever
+        assert second.wait(timeout=60) == -signal.SIGKILL and first.returncode != 0
     complaint = " ".join(complaint.split())
     assert "process 0 of 2 cannot go on" in complaint
     assert "If another process ended, start all of them again with --resume" in complaint
     assert [path.name for path in (home / "lost" / "checkpoints").iterdir()] == ["2"]
-    cli.main(arguments(home, "lost", "--resume"))
-    assert_same_weights(home / "lost", undisturbed)
+    return home / "lost"
+
+
+def assert_same_weights(folder, undisturbed):
+    weights, records = outcome(folder)
+    weights, expected = safetensors.numpy.load(weights), safetensors.numpy.load(undisturbed[0])
+    for name, array in expected.items():
+        np.testing.assert_allclose(weights[name], array, atol=1e-5)
+    assert len(records) == len(undisturbed[1])
+    for record, other in zip(records, undisturbed[1], strict=True):
+        assert record == pytest.approx(other, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_process_goes_on_in_one(home, lost, undisturbed):
+    shutil.copytree(lost, home / "in-one")
+    cli.main(arguments(home, "in-one", "--resume"))
+    assert_same_weights(home / "in-one", undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_weights_of_one(home, lost, undisturbed):
+    shutil.copytree(lost, home / "in-two")
+    with two_processes(home, "in-two", "--resume") as (first, second):
+        said, complaint = first.communicate(timeout=300)
+        assert first.returncode == 0, complaint
+        assert "written to" in said
+        said, _ = second.communicate(timeout=60)
+        assert second.returncode == 0
+    assert all(line.startswith("[Gloo]") for line in said.splitlines())  # and nothing of ours
+    assert_same_weights(home / "in-two", undisturbed)
 
 
 @pytest.mark.parametrize(
