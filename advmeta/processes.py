@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -140,11 +141,11 @@ def given_by_first(tree: PyTree) -> PyTree:
         shape = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
         return np.zeros(shape.shape, shape.dtype)
 
+    def fill(leaf, given):
+        return jax.random.wrap_key_data(given) if _is_key(leaf) else jnp.asarray(given)
+
     mine = to_host(tree) if jax.process_index() == 0 else jax.tree.map(blank, tree)
-    return jax.tree.map(
-        lambda leaf, given: jax.random.wrap_key_data(given) if _is_key(leaf) else given,
-        tree, multihost_utils.broadcast_one_to_all(mine),
-    )  # fmt: skip
+    return jax.tree.map(fill, tree, multihost_utils.broadcast_one_to_all(mine))
 
 
 def highest(*values: int) -> np.ndarray:
