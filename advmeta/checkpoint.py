@@ -44,8 +44,16 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path | str):
         import orbax.checkpoint as ocp  # only here: it takes most of a second to import
 
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
         self.folder = pathlib.Path(folder).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # This process alone writes, and waits for no other.
+        me = jax.process_index()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEPT, cleanup_tmp_directories=True, create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}
+            ),
+        )  # fmt: skip
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self):

@@ -12,10 +12,11 @@ import shlex
 import sys
 from typing import Annotated, Any
 
+import jax
 import tyro
 from rich.console import Console
 
-from advmeta import config_files, environment, report
+from advmeta import config_files, environment, processes, report
 from advmeta.attack_command import Attack, attack
 from advmeta.evaluation.baselines import ROWS
 from advmeta.evaluation.transfer import TransferConfig
@@ -24,7 +25,7 @@ from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
 from advmeta.patch_command import Patch, patch_files
 from advmeta.run_folder import Resumable, new_folder, open_folder, replace_file
 from advmeta.table_command import make_table
-from advmeta.training_command import MetaTrain, Training, train_and_save
+from advmeta.training_command import MetaTrain, Training, take_part, train_and_save
 
 _ACCELERATOR_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "libtpu")
 
@@ -102,10 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         _complain(error)
         sys.exit(2)
-    except (FloatingPointError, OSError) as error:  # of the numbers; of the disk, say
+    except (FloatingPointError, OSError) as error:  # of the numbers; of the disk or the network
         _complain(error)
         sys.exit(1)
-    console.print(f"written to {folder}", markup=False)
+    if folder is not None:
+        console.print(f"written to {folder}", markup=False)
 
 
 def _complain(error: Exception) -> None:
@@ -154,10 +156,16 @@ def _run(command: Run, line: str, console: Console) -> pathlib.Path:
     return folder
 
 
-def _meta_train(command: MetaTrain, line: str, console: Console) -> pathlib.Path:
-    with open_folder("meta-train", command) as (folder, _):
-        train_and_save(command, line, folder, console)
-        report.write(folder)
+def _meta_train(command: MetaTrain, line: str, console: Console) -> pathlib.Path | None:
+    with processes.joined(command):
+        command = dataclasses.replace(
+            command, coordinator=None, num_processes=None, process_id=None
+        )
+        if jax.process_index() > 0:
+            return take_part(command)
+        with open_folder("meta-train", command) as (folder, _):
+            train_and_save(command, line, folder, console)
+            report.write(folder)
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from advmeta import inner_gradients
 from advmeta.attacks.validation import check_attack_inputs
@@ -15,6 +16,7 @@ from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.outer_step import OuterInfo, OuterState, init_outer, outer_steps
+from advmeta.sharding import check_mesh, lay_out, on_every_device
 from advmeta.tasks import TaskFamily
 from advmeta.types import Array, Key, MetaParams
 from advmeta.unroll import train, with_replay
@@ -38,6 +40,7 @@ def meta_train(
     families: tuple[TaskFamily, ...] | None = None,
     selection: tuple[TaskFamily, ...] | None = None,
     outer_optimizer: optax.GradientTransformation | None = None,
+    mesh: Mesh | None = None,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> tuple[MetaParams, list[dict[str, Any]]]:
     """Meta-trains a meta-optimizer.
@@ -49,10 +52,12 @@ def meta_train(
 
     Args:
       config: see `MetaTrainingConfig`.
-      key: the same key gives the same weights, bit for bit on one machine.
+      key: the same key gives the same weights, bit for bit on the same devices.
       families: task families to use instead of ``config.tasks``, for one's own data and models.
       selection: families to use instead of ``config.selection``.
       outer_optimizer: any optax optimizer instead of clipped Adam with a cosine schedule.
+      mesh: devices to split the lanes over, along its axis "data"; by default all are on one. The
+        devices hold the same meta-parameters and exchange their gradients, nothing else.
       report: called with each record of the history when it is made.
 
     Returns:
@@ -62,7 +67,8 @@ def meta_train(
       selection tasks.
 
     Raises:
-      ValueError: a configuration that cannot be (see `MetaTrainingConfig`, `TaskFamily`).
+      ValueError: a configuration that cannot be (see `MetaTrainingConfig`, `TaskFamily`), or a mesh
+        without an axis "data" or with one that does not divide the lanes.
       FloatingPointError: no meta-gradient of the last 50 outer steps, or of the whole run, was
         finite.
 
@@ -70,8 +76,9 @@ def meta_train(
       Andrychowicz et al. 2016, section 2.1 (arXiv:1606.04474), after Serban et al. 2020.
     """
     states = training_states(
-        config, key=key, families=families, selection=selection, outer_optimizer=outer_optimizer
-    )
+        config, key=key, families=families, selection=selection, outer_optimizer=outer_optimizer,
+        mesh=mesh,
+    )  # fmt: skip
     state = next(states)
     for state in states:
         report(state.history[-1])
@@ -85,6 +92,7 @@ def training_states(
     families: tuple[TaskFamily, ...] | None = None,
     selection: tuple[TaskFamily, ...] | None = None,
     outer_optimizer: optax.GradientTransformation | None = None,
+    mesh: Mesh | None = None,
     start: Callable[[TrainingState], TrainingState] = lambda fresh: fresh,
 ) -> Iterator[TrainingState]:
     """`meta_train` record by record: yields where it starts, then where it stands after each.
@@ -92,13 +100,15 @@ def training_states(
     The arrays of a state are used up by the next one: copy what is to be kept.
 
     Args:
-      config, key, families, selection, outer_optimizer: see `meta_train`.
+      config, key, families, selection, outer_optimizer, mesh: see `meta_train`.
       start: from the fresh state to the one to start from, e.g. one that was yielded by another
-        call with the same arguments. The rest is then the same, bit for bit.
+        call with the same arguments. The rest is then the same, bit for bit. If the other
+        had another mesh, pass its arrays on the host; the rest then differs by rounding.
 
     Raises:
       See `meta_train`.
     """
+    mesh = check_mesh(mesh, config.lanes)
     families = families or tuple(task.build() for task in config.tasks)
     selection = selection or tuple(task.build() for task in config.selection)
     for family in (*families, *selection):
@@ -108,9 +118,15 @@ def training_states(
     if config.inner_gradient == "replayed":
         families = tuple(with_replay(family, replay_key) for family in families)
         selection = tuple(with_replay(family, replay_key) for family in selection)
-    outer = init_outer(config, families, outer_optimizer, init_key)
+    families, selection, init_key, selection_key = on_every_device(
+        (families, selection, init_key, selection_key), mesh
+    )
+    outer = init_outer(config, families, outer_optimizer, init_key, mesh)
     best = jax.tree.map(jnp.copy, outer.average)
     state = start(TrainingState(outer, best, jnp.float32(-1.0), ()))
+    if mesh is not None:  # a state from the host comes to lie as the fresh one does
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, outer)
+        state = state._replace(outer=lay_out(state.outer, shardings))
     yield state
     chunk = _steps_a_call(config)
     for done in range(int(state.outer.step) + chunk, config.outer_steps + 1, chunk):

@@ -1,6 +1,7 @@
 """What decides a meta-training."""
 
 import dataclasses
+from typing import Literal
 
 from advmeta import inner_gradients
 from advmeta.meta_loss import MetaLossConfig
@@ -20,9 +21,12 @@ class MetaTrainingConfig:
       inner_gradient: a name that `advmeta.inner_gradients.by_name` knows.
       outer_steps: updates of the meta-parameters.
       lanes: episodes of each task that run side by side.
-      truncation: inner steps that one outer step backpropagates through.
+      truncation: inner steps of one outer step, which backpropagation goes back through.
       horizon: shortest and longest episode, in inner steps; each is drawn from the multiples of
         the truncation between them.
+      estimator: of the meta-gradient: "backpropagation" through one truncation, or "pes",
+        persistent evolution strategies, which is without bias and noisier: for long horizons.
+      sigma: standard deviation of the perturbations of "pes".
       learning_rate: of the outer Adam, at its start; it follows a cosine to zero.
       clip: global norm that meta-gradients are clipped to.
       average: decay of the moving average of the meta-parameters, which is what is evaluated.
@@ -45,6 +49,8 @@ class MetaTrainingConfig:
     lanes: int = 4
     truncation: int = 20
     horizon: tuple[int, int] = (60, 200)
+    estimator: Literal["backpropagation", "pes"] = "backpropagation"
+    sigma: float = 0.01
     learning_rate: float = 3e-3
     clip: float = 1.0
     average: float = 0.98
@@ -65,5 +71,10 @@ class MetaTrainingConfig:
             raise ValueError(f"horizon={self.horizon} must be (shortest, longest), both positive")
         if not self.tasks or not self.selection:
             raise ValueError("tasks and selection must each hold at least one TaskConfig")
+        if self.estimator not in ("backpropagation", "pes") or not self.sigma > 0:
+            raise ValueError(
+                f"estimator={self.estimator!r} must be 'backpropagation' or 'pes', and "
+                f"sigma={self.sigma} positive"
+            )
         if not 0 <= self.average < 1:
             raise ValueError(f"average={self.average} must be at least 0 and below 1")

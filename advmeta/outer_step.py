@@ -1,17 +1,20 @@
-"""The outer step: d meta-loss / d meta_params by truncated backpropagation through episodes."""
+"""The outer step: estimate d meta-loss / d meta_params, and follow it."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from advmeta import inner_gradients
+from advmeta import inner_gradients, persistent_evolution
 from advmeta.held_out import held_out_loss
 from advmeta.meta_loss import meta_loss
 from advmeta.meta_optimizer.transform import init_meta_params, scale_by_meta_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
+from advmeta.sharding import split_over_devices
 from advmeta.tasks import TaskFamily
 from advmeta.types import Array, Key, MetaParams
 from advmeta.unroll import InnerState, init_inner, unroll
@@ -23,6 +26,16 @@ class Lane(NamedTuple):
     inner: InnerState
     key: Key  # of the episode: its task, its fresh parameters, its batches
     horizon: Array  # [] int32: inner steps until the next episode starts
+    persistent: persistent_evolution.Persistent | tuple[()] = ()  # where that is the estimator
+
+
+# One truncation of a lane and its meta-loss [].
+Run = Callable[[MetaParams, Lane], tuple[Array, Lane]]
+# A run and lanes with a leading axis for each family -> the loss [], its gradient, and the lanes.
+Estimator = Callable[
+    [tuple[Run, ...], MetaParams, tuple[Lane, ...], Key],
+    tuple[Array, MetaParams, tuple[Lane, ...]],
+]
 
 
 class OuterState(NamedTuple):
@@ -45,13 +58,15 @@ class OuterInfo(NamedTuple):
     lost_episodes: Array  # int32: episodes restarted because their parameters were not finite
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
+@functools.partial(jax.jit, static_argnums=(0, 2, 4))
 def init_outer(
     config: MetaTrainingConfig,
     families: tuple[TaskFamily, ...],
     outer_optimizer: optax.GradientTransformation,
     key: Key,
+    mesh: Mesh | None = None,
 ) -> OuterState:
+    """The state before the first outer step; where it lies decides where the steps are taken."""
     meta_key, lanes_key, outer_key = jax.random.split(key, 3)
     meta_params = init_meta_params(config.meta_optimizer, meta_key)
 
@@ -69,7 +84,7 @@ def init_outer(
         meta_params=meta_params,
         average=meta_params,
         outer_opt_state=outer_optimizer.init(meta_params),
-        lanes=lanes,
+        lanes=split_over_devices(lanes, mesh),
         key=outer_key,
         step=jnp.zeros([], jnp.int32),
     )
@@ -95,20 +110,10 @@ def outer_step(
     state: OuterState,
 ) -> tuple[OuterState, OuterInfo]:
     """One outer step; a step whose meta-gradient is not finite is skipped and counted."""
-
-    def objective(meta_params: MetaParams):
-        # A copy of phi for each lane: gradients of one that they share would be sums over lanes
-        # within every inner step, as products that XLA computes in half the speed.
-        phi = jax.tree.map(lambda p: jnp.broadcast_to(p, (config.lanes, *p.shape)), meta_params)
-        losses, lanes = [], []
-        for family, lane in zip(families, state.lanes, strict=True):
-            run = functools.partial(run_truncation, config, family)
-            loss, lane = jax.vmap(run)(phi, lane)
-            losses.append(loss.mean())
-            lanes.append(lane)
-        return sum(losses) / len(losses), tuple(lanes)
-
-    (loss, lanes), gradient = jax.value_and_grad(objective, has_aux=True)(state.meta_params)
+    key, lanes_key, estimate_key = jax.random.split(state.key, 3)
+    runs = tuple(functools.partial(run_truncation, config, family) for family in families)
+    estimate = _estimator(config)
+    loss, gradient, lanes = estimate(runs, state.meta_params, state.lanes, estimate_key)
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0.0), gradient)
@@ -122,10 +127,36 @@ def outer_step(
         outer_opt_state=outer_opt_state,
     )
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
-    key, lanes_key = jax.random.split(state.key)
     lanes, lost = _restart_finished(config, families, meta_params, lanes, lanes_key)
     state = state._replace(lanes=lanes, key=key, step=state.step + 1)
     return state, OuterInfo(loss, norm, finite, lost)
+
+
+def _estimator(config: MetaTrainingConfig) -> Estimator:
+    return {
+        "backpropagation": truncated_backpropagation,
+        "pes": functools.partial(persistent_evolution.estimate, config.sigma),
+    }[config.estimator]
+
+
+def truncated_backpropagation(
+    runs: tuple[Run, ...], meta_params: MetaParams, lanes: tuple[Lane, ...], key: Key
+) -> tuple[Array, MetaParams, tuple[Lane, ...]]:
+    """An `Estimator`: the gradient within the truncation, as if what came before it were given."""
+    del key
+
+    def objective(meta_params: MetaParams):
+        # A copy of phi for each lane: gradients of one that they share would be sums over lanes
+        # within every inner step, as products that XLA computes in half the speed.
+        count = lanes[0].horizon.shape[0]
+        phi = jax.tree.map(lambda p: jnp.broadcast_to(p, (count, *p.shape)), meta_params)
+        losses, after = zip(
+            *(jax.vmap(run)(phi, lane) for run, lane in zip(runs, lanes, strict=True)), strict=True
+        )
+        return sum(loss.mean() for loss in losses) / len(losses), after
+
+    (loss, lanes), gradient = jax.value_and_grad(objective, has_aux=True)(meta_params)
+    return loss, gradient, lanes
 
 
 def run_truncation(
@@ -154,7 +185,10 @@ def new_lane(
     optimizer = scale_by_meta_optimizer(meta_params, config.meta_optimizer)
     inner_gradient = inner_gradients.by_name(config.inner_gradient)
     inner = init_inner(family.sample(task_key), optimizer, init_key, inner_gradient)
-    return Lane(inner, key, _draw_horizon(config, key, shortest=config.horizon[0]))
+    lane = Lane(inner, key, _draw_horizon(config, key, shortest=config.horizon[0]))
+    if config.estimator == "pes":
+        lane = lane._replace(persistent=persistent_evolution.begin(inner, meta_params))
+    return lane
 
 
 def _draw_horizon(config: MetaTrainingConfig, key: Key, shortest: int) -> Array:
@@ -166,7 +200,8 @@ def _restart_finished(config, families, meta_params, lanes, key) -> tuple[tuple[
     """Starts a new episode in lanes that are at their horizon or have lost their parameters."""
 
     def restart(family: TaskFamily, lane: Lane, key: Key) -> tuple[Lane, Array]:
-        lost = ~jnp.isfinite(optax.tree.norm(lane.inner.params))
+        twins = [lane.inner, *lane.persistent[:1]]
+        lost = ~jnp.isfinite(optax.tree.norm([inner.params for inner in twins]))
         fresh = new_lane(config, family, meta_params, key)
         over = lost | (lane.inner.step >= lane.horizon)
         return jax.tree.map(lambda new, old: jnp.where(over, new, old), fresh, lane), lost

@@ -13,17 +13,18 @@ from collections.abc import Iterator
 import jax
 from rich.console import Console
 
-from advmeta import config_files, environment
-from advmeta.checkpoint import Checkpoints
+from advmeta import config_files, environment, processes
+from advmeta.checkpoint import Checkpoints, Restored
 from advmeta.event_log import event_log
 from advmeta.meta_optimizer.weights import load_weights, save_weights
 from advmeta.meta_training import TrainingState, training_states
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.progress import MetaTrainingProgress
 from advmeta.run_folder import Resumable, differences, replace_file
-from advmeta.types import MetaParams
+from advmeta.types import MetaParams, PyTree
 
 _WEIGHTS = "meta_optimizer.safetensors"
+_FINISHED = "finished"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +49,24 @@ class Training(Resumable):
 
 
 @dataclasses.dataclass(frozen=True)
-class MetaTrain(Training):
+class MetaTrain(processes.Processes, Training):
     """Meta-train an optimizer and write its weights.
 
-    A run that was killed goes on with --resume, to the very weights that it would have had.
+    A run that was killed goes on with --resume, to the very weights that it would have had. Several
+    devices, and several processes on one host or many, share the lanes of every task.
 
     Example: advmeta meta-train --output runs/mine --training.learning-rate 2e-3
     """
+
+    def __post_init__(self):
+        Training.__post_init__(self)
+        processes.Processes.__post_init__(self)
+        if (self.num_processes or 1) > self.training.lanes:
+            raise ValueError(
+                f"num_processes={self.num_processes} is more than training.lanes="
+                f"{self.training.lanes}, and each process needs one at least: write "
+                f"--training.lanes {self.num_processes}, or start fewer"
+            )
 
 
 def train_and_save(
@@ -70,7 +82,9 @@ def train_and_save(
       ValueError: there are checkpoints, and none is whole.
     """
     config = command.training
-    if (folder / "card.json").exists():
+    finished = (folder / "card.json").exists()
+    processes.said_by_first(_FINISHED if finished else "")
+    if finished:
         return load_weights(folder / _WEIGHTS)[0]
     made_with, metrics = environment.describe(), []
     made_by = {"seed": command.seed, "training": json.loads(config_files.to_json(config))}
@@ -80,25 +94,25 @@ def train_and_save(
         _signals() as signals,
     ):
         start = functools.partial(_take_up, checkpoints, made_by, metrics, console)
-        states = training_states(config, key=jax.random.key(command.seed), start=start)
+        states = _states(command, start)
         state = next(states)
         for record in metrics:
             bar.update(record)
         saved = time.monotonic()
         for state in _logged(states, metrics, folder, command.tensorboard):
             bar.update(metrics[-1])
-            if signals or time.monotonic() - saved >= command.checkpoint_seconds:
-                *arrays, _ = state
+            arrays, came = _pause(command, state, saved, signals)
+            if arrays is not None:
                 record = {"made_by": made_by, "metrics": list(metrics)}
                 checkpoints.save(metrics[-1]["outer_step"], arrays, record)
                 saved = time.monotonic()
-            if signals:
+            if came:
                 console.print(
-                    f"{signal.Signals(signals[0]).name}: stopped after outer step "
+                    f"{signal.Signals(came).name}: stopped after outer step "
                     f"{metrics[-1]['outer_step']}; --resume --output {folder} goes on from there",
                     markup=False,
                 )
-                raise SystemExit(128 + signals[0])
+                raise SystemExit(128 + came)
     card = {
         "name": folder.name,
         "command": line,
@@ -115,6 +129,57 @@ def train_and_save(
     return state.best
 
 
+def take_part(command: Training) -> None:
+    """What the other processes do while process 0 is in `train_and_save`, call by call.
+
+    Raises:
+      SystemExit: a signal came to any of the processes.
+    """
+    if processes.said_by_first() == _FINISHED:
+        return
+    with _signals() as signals:
+        states = _states(command, _shared)
+        next(states)
+        saved = time.monotonic()
+        for state in states:
+            arrays, came = _pause(command, state, saved, signals)
+            if arrays is not None:
+                saved = time.monotonic()
+            if came:
+                raise SystemExit(128 + came)
+
+
+def _states(command: Training, start) -> Iterator[TrainingState]:
+    config = command.training
+    mesh = processes.device_mesh(config.lanes)
+    return training_states(config, key=jax.random.key(command.seed), mesh=mesh, start=start)
+
+
+def _pause(
+    command: Training, state: TrainingState, saved: float, signals: list[int]
+) -> tuple[PyTree | None, int]:
+    """Agrees with the other processes on what to do between two reports.
+
+    Returns:
+      The state's arrays if there is to be a checkpoint, and a signal to stop for; 0 is none.
+    """
+    due = time.monotonic() - saved >= command.checkpoint_seconds
+    due, came = processes.highest(due, signals[0] if signals else 0).tolist()
+    *arrays, _ = state
+    return (processes.to_host(arrays) if due or came else None), came
+
+
+def _shared(fresh: TrainingState, found: Restored | None = None) -> TrainingState:
+    """The state that process 0 found, on every process; or the fresh one."""
+    *arrays, _ = fresh
+    metrics = json.loads(processes.said_by_first(json.dumps(found and found.record["metrics"])))
+    if metrics is None:
+        return fresh
+    history = ({k: v for k, v in record.items() if k != "seconds"} for record in metrics)
+    outer, best, best_robust = processes.given_by_first(found.arrays if found else arrays)
+    return TrainingState(outer, best, best_robust, tuple(history))
+
+
 def _take_up(
     checkpoints: Checkpoints, made_by: dict, metrics: list[dict], console: Console,
     fresh: TrainingState,
@@ -127,7 +192,7 @@ def _take_up(
     *arrays, _ = fresh
     found = checkpoints.newest(arrays)
     if found is None:
-        return fresh
+        return _shared(fresh)
     for damage in found.damaged:
         console.print(f"passed over a damaged checkpoint, {damage}", style="yellow", markup=False)
     if differing := differences(found.record["made_by"], made_by):
@@ -136,9 +201,7 @@ def _take_up(
             "the same options, or another --output"
         )
     metrics.extend(found.record["metrics"])
-    history = ({k: v for k, v in record.items() if k != "seconds"} for record in metrics)
-    outer, best, best_robust = found.arrays
-    return TrainingState(outer, best, best_robust, tuple(history))
+    return _shared(fresh, found)
 
 
 def _logged(

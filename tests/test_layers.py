@@ -18,12 +18,13 @@ LAYERS = [
     {"held_out", "unroll"},
     {"patching"},
     {"meta_loss"},
-    {"checkpoint", "meta_training_config"},
+    {"checkpoint", "meta_training_config", "persistent_evolution", "sharding"},
     {"outer_step"},
     {"meta_training"},
     {"evaluation"},
     {"report"},
-    {"config_files", "environment", "event_log", "named_models", "progress"},  # of the command line
+    # Of the command line.
+    {"config_files", "environment", "event_log", "named_models", "processes", "progress"},
     {"run_folder"},
     {"attack_command", "patch_command", "table_command", "training_command"},
     {"cli"},

@@ -1,19 +1,23 @@
+import contextlib
 import fcntl
 import json
 import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import jax
+import numpy as np
 import pytest
+import safetensors.numpy
 from jax.experimental.compilation_cache import compilation_cache
 
 import advmeta
-from advmeta import cli, training_command
+from advmeta import cli, processes, training_command
 from advmeta.run_folder import open_folder
 
 TRAINING = {
@@ -169,6 +173,118 @@ def test_tensorboard_that_is_not_there_is_named_before_anything_is_done(
     code, said = stopped(["meta-train", "--output", str(tmp_path / "x"), "--tensorboard"], capsys)
     assert code == 2 and "pip install 'advmeta[tensorboard]'" in said
     assert not (tmp_path / "x").exists()
+
+
+@contextlib.contextmanager
+def two_processes(home, name, *more, second="from advmeta.cli import main; main()"):
+    """Two processes on this machine that meta-train together; ``second`` is the code of one."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        meet = ["--coordinator", f"127.0.0.1:{server.getsockname()[1]}", "--num-processes", "2"]
+    tested = {**os.environ, "PYTHONPATH": str(pathlib.Path(advmeta.__file__).parents[1])}
+    codes = ["from advmeta.cli import main; main()", second]
+    argv = [arguments(home, name, *meet, "--process-id", str(i), *more) for i in range(2)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=tested,
+        )
+        for code, words in zip(codes, argv, strict=True)
+    ]  # fmt: skip
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+DIES_AT_STEP_4 = """
+import os, signal
+from advmeta import cli, training_command
+pause = training_command._pause
+def die(command, state, *others):
+    if state.outer.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pause(command, state, *others)
+training_command._pause = die
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def lost(home):
+    """The folder of a run of two processes, one of which was killed."""
+    with two_processes(home, "lost", second=DIES_AT_STEP_4) as (first, second):
+        _, complaint = first.communicate(timeout=300)  # it does not wait for ever
+        assert second.wait(timeout=60) == -signal.SIGKILL and first.returncode != 0
+    complaint = " ".join(complaint.split())
+    assert "process 0 of 2 cannot go on" in complaint
+    assert "If another process ended, start all of them again with --resume" in complaint
+    assert [path.name for path in (home / "lost" / "checkpoints").iterdir()] == ["2"]
+    return home / "lost"
+
+
+def assert_same_weights(folder, undisturbed):
+    weights, records = outcome(folder)
+    weights, expected = safetensors.numpy.load(weights), safetensors.numpy.load(undisturbed[0])
+    for name, array in expected.items():
+        np.testing.assert_allclose(weights[name], array, atol=1e-5)
+    assert len(records) == len(undisturbed[1])
+    for record, other in zip(records, undisturbed[1], strict=True):
+        assert record == pytest.approx(other, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_process_goes_on_in_one(home, lost, undisturbed):
+    shutil.copytree(lost, home / "in-one")
+    cli.main(arguments(home, "in-one", "--resume"))
+    assert_same_weights(home / "in-one", undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_weights_of_one(home, lost, undisturbed):
+    shutil.copytree(lost, home / "in-two")
+    with two_processes(home, "in-two", "--resume") as (first, second):
+        said, complaint = first.communicate(timeout=300)
+        assert first.returncode == 0, complaint
+        assert "written to" in said
+        said, _ = second.communicate(timeout=60)
+        assert second.returncode == 0
+    assert all(line.startswith("[Gloo]") for line in said.splitlines())  # and nothing of ours
+    assert_same_weights(home / "in-two", undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--process-id", "1"], "the last two go with the coordinator's HOST:PORT, as in"),
+        (["--coordinator", "auto", "--num-processes", "2"], "go with the coordinator's HOST:PORT"),
+        (["--coordinator", "here:1"], "write --coordinator HOST:PORT --num-processes N --process"),
+        (["--coordinator", "h:1", "--num-processes", "2", "--process-id", "2"], "numbered from 0"),
+        (["--coordinator", "h:1", "--num-processes", "5", "--process-id", "0"],
+         "num_processes=5 is more than training.lanes=4, and each process needs one at least"),
+    ],
+)  # fmt: skip
+def test_processes_that_cannot_be(options, message, tmp_path, capsys):
+    code, said = stopped(["meta-train", "--output", str(tmp_path / "none"), *options], capsys)
+    assert code == 2 and message in said
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("lanes", "used"), [(8, 4), (6, 3), (5, None)])
+def test_one_process_takes_as_many_devices_as_divide_the_lanes(lanes, used, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: 4 * jax.local_devices())
+    mesh = processes.device_mesh(lanes)
+    assert mesh is None if used is None else mesh.shape == {"data": used}
+
+
+def test_several_processes_need_devices_that_divide_the_lanes(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: 4 * jax.local_devices())
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(
+        ValueError, match=r"lanes=6 cannot be split evenly over 4 devices .* lanes=8"
+    ):
+        processes.device_mesh(6)
 
 
 def test_both_signals_are_collected_and_given_back():
