@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from advmeta import data, optimizees
 from advmeta.attacks.threat_model import ThreatModel
@@ -167,5 +168,6 @@ def check_batch_size(batch_size: int, available: int) -> None:
 
 
 def _is_placeholder(batch) -> bool:
-    """Whether a tree transformation put something else in place of the arrays."""
-    return not isinstance(batch, Batch) or any(type(leaf) is object for leaf in batch)
+    """Whether it holds something else than data, as tree transformations and in_axes put there."""
+    data_like = (jax.Array, np.ndarray, np.generic, list, tuple, dict, str)
+    return not isinstance(batch, Batch) or not all(isinstance(leaf, data_like) for leaf in batch)

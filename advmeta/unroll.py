@@ -11,7 +11,7 @@ import optax
 from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import Partial
 
-from advmeta.attacks.validation import check_attack_inputs
+from advmeta.attacks.validation import check_arrays, check_attack_inputs
 from advmeta.inner_gradients import (
     CONSTANT,
     InnerGradient,
@@ -55,7 +55,7 @@ def init_inner(
       ValueError: the task's examples are outside of the threat model's bounds, or their labels or
         shapes do not fit the model.
     """
-    params = task.optimizee.init(key, task.train.x.shape[1:])
+    params = task.optimizee.init(key, check_arrays(*task.train).x.shape[1:])
     for part in (task.train, task.held_out):
         check_attack_inputs(Partial(task.optimizee.apply, params), *part, task.threat_model)
     gradient_state = stateful(inner_gradient).init(task)
