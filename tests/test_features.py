@@ -98,6 +98,11 @@ def test_positions_without_kernels_or_without_anything():
     assert scalar == features.LayerPosition(False, False, True, outputs=0, fan_in=1, fan_out=1)
 
 
+def test_a_kernel_without_a_name_is_the_only_layer():
+    kernel = np.zeros((4, 3), np.float32)
+    assert features.layer_positions(kernel) == features.layer_positions([kernel])
+
+
 def test_a_single_layer_is_the_first_and_the_last():
     bias, kernel = features.layer_positions({"layer_0": layer(4, 2)})
     assert kernel.first and kernel.last and bias.first and bias.last

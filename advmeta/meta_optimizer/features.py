@@ -109,9 +109,9 @@ def layer_positions(params: Params) -> list[LayerPosition]:
 def _position(
     path: tuple, parent: tuple, shape: tuple[int, ...], kernels: list[tuple]
 ) -> LayerPosition:
-    name = path[-1] if path else None
-    bias = len(shape) < 2 or name in (GetAttrKey("bias"), DictKey("bias"))
-    outputs = 0 if bias or name == GetAttrKey("weight") else len(shape) - 1
+    name = path[-1:]  # empty for a tree that is one array
+    bias = len(shape) < 2 or name in ((GetAttrKey("bias"),), (DictKey("bias"),))
+    outputs = 0 if bias or name == (GetAttrKey("weight"),) else len(shape) - 1
     fan_out = math.prod(shape) if bias else shape[outputs]
     return LayerPosition(
         first=bool(kernels) and parent == kernels[0],
