@@ -8,6 +8,8 @@ import subprocess
 import time
 from collections.abc import Callable
 
+import jax
+
 from advmeta import environment
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -35,6 +37,13 @@ def take_turns(
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def bytes_needed(compiled: jax.stages.Compiled) -> int:
+    """Arguments, results and temporaries of a compiled program; what is donated counts once."""
+    memory = compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return needed + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def write(question: str, results: dict) -> None:

@@ -69,9 +69,7 @@ def program(optimizer: optax.GradientTransformation, size: int):
     params = jax.ShapeDtypeStruct((rows, size // rows), jnp.float32)
     state = jax.eval_shape(optimizer.init, params)
     compiled = jax.jit(optimizer.update, donate_argnums=1).lower(params, state, params).compile()
-    memory = compiled.memory_analysis()
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return compiled, needed + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return compiled, timing.bytes_needed(compiled)
 
 
 def call(optimizer: optax.GradientTransformation, compiled, size: int):

@@ -1,0 +1,113 @@
+"""How do time and memory grow with the episode, the truncation and the tasks?
+
+    python -m benchmarks.scaling
+
+Digits and an MLP 64-20-10 (1,510 parameters), the shipped configuration. An episode is
+`advmeta.train` with fresh weights; meta-training is `advmeta.outer_step.outer_steps` with PGD on
+held-out examples, an episode of 20 inner steps after the other. Memory is what the compiled program
+says that it needs: arguments, results and temporaries. Compiling is timed at the first call.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+
+import jax
+import optax
+from rich.console import Console
+from rich.table import Table
+
+import advmeta
+from advmeta import outer_step
+from advmeta.meta_optimizer import MetaOptimizerConfig, init_meta_params, scale_by_meta_optimizer
+from advmeta.meta_training_config import MetaTrainingConfig
+from advmeta.tasks import TaskConfig
+from benchmarks import timing
+
+EPISODES = (20, 200, 2000)
+TRUNCATIONS = (20, 40, 80)
+LANES = (1, 8, 64)
+CONFIG = MetaTrainingConfig(tasks=(TaskConfig(),), lanes=1, horizon=(200, 200))
+OUTER_OPTIMIZER = optax.adam(1e-3)
+
+
+def compiled(lowered) -> tuple:
+    """A program, the bytes that it needs and the seconds that compiling took."""
+    start = time.perf_counter()
+    program = lowered.compile()
+    seconds = time.perf_counter() - start
+    return program, timing.bytes_needed(program), seconds
+
+
+def episode(steps: int) -> tuple:
+    """A call that trains a model for so many steps; its bytes and the seconds to compile it."""
+    digits = advmeta.data.load("digits")
+    task = advmeta.Task(
+        digits.train, digits.test, advmeta.ThreatModel(), advmeta.optimizees.mlp((20,))
+    )
+    phi = init_meta_params(MetaOptimizerConfig(), jax.random.key(0))
+
+    def train(phi, task, key):
+        return advmeta.train(task, scale_by_meta_optimizer(phi), key, steps=steps)
+
+    arguments = (phi, task, jax.random.key(1))
+    program, needed, seconds = compiled(jax.jit(train).lower(*arguments))
+    return lambda: jax.block_until_ready(program(*arguments)), needed, seconds
+
+
+def meta_training(steps: int, **changes) -> tuple:
+    """The same for so many outer steps."""
+    config = dataclasses.replace(CONFIG, **changes)
+    families = tuple(task.build() for task in config.tasks)
+    state = outer_step.init_outer(config, families, OUTER_OPTIMIZER, jax.random.key(0))
+    lowered = outer_step.outer_steps.lower(config, OUTER_OPTIMIZER, steps, families, state)
+    program, needed, seconds = compiled(lowered)
+    kept = [state]
+
+    def run():
+        kept[0], info = program(families, kept[0])
+        jax.block_until_ready((kept[0], info))
+
+    return run, needed, seconds
+
+
+def measure(programs: dict[int, tuple], rounds: int) -> list[dict]:
+    """Of each program: its size, seconds of each call, bytes, and seconds to compile."""
+    seconds = timing.take_turns({str(n): run for n, (run, _, _) in programs.items()}, rounds)
+    return [
+        {"size": n, "seconds": seconds[str(n)], "bytes": needed, "compile_seconds": compiling}
+        for n, (_, needed, compiling) in programs.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each program")
+    rounds = parser.parse_args().rounds
+    questions = {
+        "episode, inner steps": {n: episode(n) for n in EPISODES},
+        "meta-training, inner steps": {n: meta_training(n // CONFIG.truncation) for n in EPISODES},
+        "truncation, inner steps": {
+            n: meta_training(1, truncation=n, horizon=(10 * n, 10 * n)) for n in TRUNCATIONS
+        },
+        "meta-training, tasks": {n: meta_training(1, lanes=n) for n in LANES},
+    }
+    table = Table("what grows", "to", "ms", "times", "MB", "times", "s to compile")
+    results = {}
+    for name, programs in questions.items():
+        results[name] = rows = measure(programs, rounds)
+        first = rows[0]
+        for row in rows:
+            times = [statistics.median(r["seconds"]) for r in (row, first)]
+            table.add_row(
+                name, str(row["size"]), f"{1e3 * times[0]:.1f}", f"{times[0] / times[1]:.2f}",
+                f"{row['bytes'] / 1e6:.2f}", f"{row['bytes'] / first['bytes']:.2f}",
+                f"{row['compile_seconds']:.1f}",
+            )  # fmt: skip
+    Console().print(table)
+    timing.write("scaling", {"results": results})
+
+
+if __name__ == "__main__":
+    main()
