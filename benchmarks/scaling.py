@@ -84,19 +84,23 @@ def measure(programs: dict[int, tuple], rounds: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="turns of each program")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--small", action="store_true", help="only the first two of each size")
+    arguments = parser.parse_args()
+    sizes = slice(2) if arguments.small else slice(None)
     questions = {
-        "episode, inner steps": {n: episode(n) for n in EPISODES},
-        "meta-training, inner steps": {n: meta_training(n // CONFIG.truncation) for n in EPISODES},
-        "truncation, inner steps": {
-            n: meta_training(1, truncation=n, horizon=(10 * n, 10 * n)) for n in TRUNCATIONS
+        "episode, inner steps": {n: episode(n) for n in EPISODES[sizes]},
+        "meta-training, inner steps": {
+            n: meta_training(n // CONFIG.truncation) for n in EPISODES[sizes]
         },
-        "meta-training, tasks": {n: meta_training(1, lanes=n) for n in LANES},
+        "truncation, inner steps": {
+            n: meta_training(1, truncation=n, horizon=(10 * n, 10 * n)) for n in TRUNCATIONS[sizes]
+        },
+        "meta-training, tasks": {n: meta_training(1, lanes=n) for n in LANES[sizes]},
     }
     table = Table("what grows", "to", "ms", "times", "MB", "times", "s to compile")
     results = {}
     for name, programs in questions.items():
-        results[name] = rows = measure(programs, rounds)
+        results[name] = rows = measure(programs, arguments.rounds)
         first = rows[0]
         for row in rows:
             times = [statistics.median(r["seconds"]) for r in (row, first)]
