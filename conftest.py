@@ -1,10 +1,19 @@
 """Names that every doctest, the README's included, may use without importing them."""
 
 import os
+import shutil
+import tempfile
 
 # Read when the first array is made. Compiling is most of what the tests do on a CPU, and at this
 # level it takes a quarter of the time; what it compiles runs as fast.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# What one of the processes has compiled, the others need not: of pytest-xdist, and those that tests
+# start. It begins empty.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="advmeta-tests-")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+else:
+    CACHE = None
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +21,11 @@ import optax
 import pytest
 
 import advmeta
+
+
+def pytest_unconfigure():
+    if CACHE is not None:
+        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,12 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         unknown = sorted(value.keys() - hints.keys())
         if unknown:
             raise ValueError(f"{where} has {unknown}; {kind.__name__} knows {list(hints)}")
+        needed = {
+            field.name for field in dataclasses.fields(kind)
+            if field.default is field.default_factory is dataclasses.MISSING
+        }  # fmt: skip
+        if missing := sorted(needed - value.keys()):
+            raise ValueError(f"{where} lacks {missing}, and {kind.__name__} has no default for it")
         return kind(**{k: _build(hints[k], v, f"{where}: {k}") for k, v in value.items()})
     if origin is typing.Literal and value not in arguments:
         raise ValueError(f"{where} must be one of {list(arguments)}, not {value!r}")

@@ -37,6 +37,7 @@ def test_what_is_left_out_keeps_its_default(tmp_path):
         ({"training": 3}, "training must be a JSON object"),
         ({"training": {"horizon": [20, 40, 60]}}, "horizon must have 2 entries"),
         ({"training": {"horizon": [30, 200]}}, "truncation=20 must divide both ends"),
+        ({"table": {"cells": [{"setting": "x"}]}}, r"lacks \['dataset', 'epsilon', 'optimizee'\]"),
         ({"training": {"tasks": [{"norm": "l7"}]}}, "norm must be one of .*, not 'l7'"),
     ],
 )

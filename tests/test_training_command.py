@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from jax.experimental.compilation_cache import compilation_cache
 
 import advmeta
 from advmeta import cli, processes, training_command
@@ -29,22 +28,10 @@ TRAINING = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder to run in. All runs, other processes' too, find the first one's programs."""
+    """A folder to run in."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "config.json").write_text(json.dumps({"training": TRAINING}))
-    options = {
-        "jax_compilation_cache_dir": str(folder / "cache"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in options.items():
-            patch.setenv(name.upper(), str(value))
-            jax.config.update(name, value)
-        yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    return folder
 
 
 def arguments(home, name, *more):
