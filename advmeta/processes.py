@@ -162,9 +162,7 @@ def to_host(tree: PyTree) -> PyTree:
             leaf = jax.random.key_data(leaf)
         if not leaf.is_fully_addressable:
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        return np.array(
-            leaf
-        )  # a copy: on a CPU, asarray would look at memory that is donated later
+        return np.array(leaf)  # a copy: a CPU's memory is donated later
 
     return jax.tree.map(whole, tree)
 

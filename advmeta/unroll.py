@@ -55,7 +55,8 @@ def init_inner(
       ValueError: the task's examples are outside of the threat model's bounds, or their labels or
         shapes do not fit the model.
     """
-    params = task.optimizee.init(key, check_arrays(*task.train).x.shape[1:])
+    x, _ = check_arrays(*task.train)
+    params = task.optimizee.init(key, x.shape[1:])
     for part in (task.train, task.held_out):
         check_attack_inputs(Partial(task.optimizee.apply, params), *part, task.threat_model)
     gradient_state = stateful(inner_gradient).init(task)

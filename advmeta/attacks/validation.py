@@ -81,14 +81,18 @@ def check_batch(x, y, bounds: tuple[float, float]) -> Batch:
         )
     if not isinstance(x, Tracer):
         _check_values(np.asarray(x), bounds)
-    return Batch(x, y)
+    # Integer images would pass a [0, 1] check only as 0s and 1s; attacks need floats all the same,
+    # and half precision would lose their smaller steps.
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+    dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))
+    return Batch(jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32))
 
 
-def check_arrays(x, y) -> Batch:
+def check_arrays(x, y) -> tuple[np.ndarray | Array, np.ndarray | Array]:
     """Checks what can be said without bounds and a model; x [..., n, ...] may be many batches.
 
     Returns:
-      x as float32, or float64 if that is what it is, and y as int32.
+      x and y as they are, on the host or on a device, whatever was a list as a NumPy array.
 
     Raises:
       ValueError: x or y is no array of numbers, x holds none, y is not of an integer dtype or does
@@ -109,11 +113,7 @@ def check_arrays(x, y) -> Batch:
         )
     if y.ndim == 0 or y.ndim >= x.ndim or x.shape[: y.ndim] != y.shape:
         raise ValueError(f"x has {x.shape[0]} examples but labels have shape {y.shape}")
-    # Integer images would pass a [0, 1] check only as 0s and 1s; attacks need floats all the same,
-    # and half precision would lose their smaller steps.
-    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
-    dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))
-    return Batch(jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32))
+    return x, y
 
 
 def _numbers(value, what: str) -> np.ndarray | Array:
@@ -131,6 +131,7 @@ def _numbers(value, what: str) -> np.ndarray | Array:
         )
     if (
         array.dtype.kind in "iu"
+        and array.dtype.itemsize >= 4
         and array.size
         and not -(2**31) <= array.min() <= array.max() < 2**31
     ):
