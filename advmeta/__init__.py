@@ -11,6 +11,7 @@ from advmeta.evaluation.ensemble import autoattack as autoattack
 from advmeta.evaluation.sanity import Check as Check
 from advmeta.evaluation.sanity import sanity_checks as sanity_checks
 from advmeta.held_out import held_out_accuracy as held_out_accuracy
+from advmeta.meta_optimizer.features import Aim as Aim
 from advmeta.meta_optimizer.pretrained import list_pretrained as list_pretrained
 from advmeta.meta_optimizer.pretrained import load_meta_optimizer as load_meta_optimizer
 from advmeta.meta_optimizer.transform import MetaOptimizerConfig as MetaOptimizerConfig
@@ -24,9 +25,10 @@ from advmeta.parameter_files import load_params as load_params
 from advmeta.parameter_files import save_params as save_params
 from advmeta.patching import PatchReport as PatchReport
 from advmeta.patching import patch as patch
+from advmeta.task_families import TaskConfig as TaskConfig
+from advmeta.task_families import TaskFamily as TaskFamily
+from advmeta.task_families import Variation as Variation
 from advmeta.tasks import Task as Task
-from advmeta.tasks import TaskConfig as TaskConfig
-from advmeta.tasks import TaskFamily as TaskFamily
 from advmeta.types import Batch as Batch
 from advmeta.types import Optimizee as Optimizee
 from advmeta.unroll import train as train

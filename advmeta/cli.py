@@ -150,7 +150,9 @@ def _default(kind: type, name: str, argv: list[str]):
 def _run(command: Run, line: str, console: Console) -> pathlib.Path:
     with open_folder("run", command) as (folder, _):
         meta_params = train_and_save(command, line, folder, console)
-        optimizer = scale_by_meta_optimizer(meta_params, command.training.meta_optimizer)
+        optimizer = functools.partial(
+            scale_by_meta_optimizer, meta_params, command.training.meta_optimizer
+        )
         make_table(command.table, optimizer, command.seed, folder, console)
         report.write(folder)
     return folder
@@ -170,7 +172,8 @@ def _meta_train(command: MetaTrain, line: str, console: Console) -> pathlib.Path
 
 
 def _evaluate(command: Evaluate, line: str, console: Console) -> pathlib.Path:
-    optimizer = load_meta_optimizer(command.weights)  # before a folder is made for nothing
+    load_meta_optimizer(command.weights)  # an error comes before a folder is made for nothing
+    optimizer = functools.partial(load_meta_optimizer, command.weights)
     with open_folder("evaluate", command) as (folder, _):
         make_table(command.table, optimizer, command.seed, folder, console, check=True)
         card = {

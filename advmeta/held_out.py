@@ -4,17 +4,50 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.tree_util import Partial
 
 from advmeta.attacks.projected_gradient import pgd
-from advmeta.inner_gradients import attacked, mean_cross_entropy
+from advmeta.inner_gradients import attacked
 from advmeta.notebook import html_table
 from advmeta.tasks import Task, draw
-from advmeta.types import Array, Key, Params
+from advmeta.types import Array, Batch, Key, Params
+
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
+
+def calibrated(logits: Array, labels: Array) -> Array:
+    """The cross-entropy of each example [n] at the inverse temperature that is best for the batch.
+
+    ``CE(b z_i, y_i)``  with  ``b = argmin_b' mean_i CE(b' z_i, y_i)``,  from 1/32 to 32 times
+    ``1 / rms(z)``
+
+    Robust accuracy does not depend on the scale of the logits, and neither does this. The plain
+    cross-entropy does, and strongly regularised models have small logits: what is meta-trained on
+    it learns to regularise less.
+    """
+    z = jax.lax.stop_gradient(logits)
+    unit = jax.lax.rsqrt(jnp.square(z).mean() + 1e-12)
+    slope = jax.grad(lambda b: cross_entropy(jnp.exp(b) * unit * z, labels).mean())
+
+    def halve(_, interval: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = interval
+        middle = (low + high) / 2
+        rising = slope(middle) > 0
+        return jnp.where(rising, low, middle), jnp.where(rising, middle, high)
+
+    limits = (jnp.float32(-np.log(32)), jnp.float32(np.log(32)))
+    low, high = jax.lax.fori_loop(0, 10, halve, limits)
+    return cross_entropy(jnp.exp((low + high) / 2) * unit * logits, labels)
+
+
+# (logits [n, k], labels [n]) -> [n]
+LOSSES = {"cross_entropy": cross_entropy, "calibrated": calibrated}
 
 
 class HeldOutLoss(NamedTuple):
-    """Mean cross-entropy [] on one batch of held-out examples."""
+    """Mean loss [] on one batch of held-out examples."""
 
     clean: Array
     adversarial: Array
@@ -31,15 +64,21 @@ class Accuracy(NamedTuple):
         return html_table(("clean accuracy", "robust accuracy"), [shares])
 
 
-def held_out_loss(task: Task, params: Params, key: Key, *, attack_steps: int) -> HeldOutLoss:
-    """Draws a batch and attacks it with PGD; the attack itself is not differentiated through."""
+def held_out_loss(
+    task: Task, params: Params, key: Key, *, attack_steps: int, loss: str = "cross_entropy"
+) -> HeldOutLoss:
+    """Draws a batch and attacks it with PGD; the attack itself is not differentiated through.
+
+    ``loss`` is one of `LOSSES`; the attack's is the cross-entropy always.
+    """
     draw_key, attack_key = jax.random.split(key)
     batch = draw(task.held_out, draw_key, task.batch_size)
     moved = attacked(task, params, batch, attack_key, attack_steps)
-    return HeldOutLoss(
-        clean=mean_cross_entropy(task, params, batch),
-        adversarial=mean_cross_entropy(task, params, moved),
-    )
+
+    def mean(batch: Batch) -> Array:
+        return LOSSES[loss](task.optimizee.apply(params, batch.x), batch.y).mean()
+
+    return HeldOutLoss(clean=mean(batch), adversarial=mean(moved))
 
 
 def held_out_accuracy(

@@ -17,7 +17,8 @@ from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.outer_step import OuterInfo, OuterState, init_outer, outer_steps
 from advmeta.sharding import check_mesh, lay_out, on_every_device
-from advmeta.tasks import TaskFamily
+from advmeta.task_families import TaskFamily
+from advmeta.tasks import aim_at
 from advmeta.types import Array, Key, MetaParams
 from advmeta.unroll import train, with_replay
 
@@ -187,15 +188,15 @@ def evaluate(
     repeats: int = 3,
 ) -> Accuracy:
     """Mean accuracy of models trained for the longest horizon, over families and tasks of each."""
-    optimizer = scale_by_meta_optimizer(meta_params, config.meta_optimizer)
+    steps = config.horizon[1]
     inner_gradient = inner_gradients.by_name(config.inner_gradient)
 
     def run(family: TaskFamily, key: Key) -> Accuracy:
         task_key, train_key, attack_key = jax.random.split(key, 3)
         task = family.sample(task_key)
-        params, _ = train(
-            task, optimizer, train_key, steps=config.horizon[1], inner_gradient=inner_gradient
-        )
+        aim = aim_at(task.threat_model, steps)
+        optimizer = scale_by_meta_optimizer(meta_params, config.meta_optimizer, aim)
+        params, _ = train(task, optimizer, train_key, steps=steps, inner_gradient=inner_gradient)
         return held_out_accuracy(task, params, attack_key, attack_steps=20, restarts=1)
 
     keys = jax.random.split(key, repeats)

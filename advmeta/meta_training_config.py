@@ -6,7 +6,7 @@ from typing import Literal
 from advmeta import inner_gradients
 from advmeta.meta_loss import MetaLossConfig
 from advmeta.meta_optimizer.transform import MetaOptimizerConfig
-from advmeta.tasks import TaskConfig
+from advmeta.task_families import TaskConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class MetaTrainingConfig:
       truncation: inner steps of one outer step, which backpropagation goes back through.
       horizon: shortest and longest episode, in inner steps; each is drawn from the multiples of
         the truncation between them.
+      horizon_known: share of the episodes that the feature "time" knows the horizon of.
       estimator: of the meta-gradient: "backpropagation" through one truncation, or "pes",
         persistent evolution strategies, which is without bias and noisier: for long horizons.
       sigma: standard deviation of the perturbations of "pes".
@@ -49,6 +50,7 @@ class MetaTrainingConfig:
     lanes: int = 4
     truncation: int = 20
     horizon: tuple[int, int] = (60, 200)
+    horizon_known: float = 0.75
     estimator: Literal["backpropagation", "pes"] = "backpropagation"
     sigma: float = 0.01
     learning_rate: float = 3e-3
@@ -76,5 +78,7 @@ class MetaTrainingConfig:
                 f"estimator={self.estimator!r} must be 'backpropagation' or 'pes', and "
                 f"sigma={self.sigma} positive"
             )
+        if not 0 <= self.horizon_known <= 1:
+            raise ValueError(f"horizon_known={self.horizon_known} is a share, from 0 to 1")
         if not 0 <= self.average < 1:
             raise ValueError(f"average={self.average} must be at least 0 and below 1")

@@ -15,7 +15,8 @@ from advmeta.meta_loss import meta_loss
 from advmeta.meta_optimizer.transform import init_meta_params, scale_by_meta_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.sharding import split_over_devices
-from advmeta.tasks import TaskFamily
+from advmeta.task_families import TaskFamily
+from advmeta.tasks import aim_at
 from advmeta.types import Array, Key, MetaParams
 from advmeta.unroll import InnerState, init_inner, unroll
 
@@ -165,16 +166,29 @@ def run_truncation(
     """The meta-loss of the next ``truncation`` inner steps of a lane, differentiable in phi."""
     task_key, _, episode_key = jax.random.split(lane.key, 3)
     task = family.sample(task_key)
+    aim = aim_at(task.threat_model, _told_horizon(config, lane))
     inner, trajectory = unroll(
         task,
-        scale_by_meta_optimizer(meta_params, config.meta_optimizer),
+        scale_by_meta_optimizer(meta_params, config.meta_optimizer, aim),
         lane.inner,
         episode_key,
         steps=config.truncation,
         inner_gradient=inner_gradients.by_name(config.inner_gradient),
-        evaluate=functools.partial(held_out_loss, task, attack_steps=config.meta_loss.attack_steps),
+        evaluate=functools.partial(
+            held_out_loss,
+            task,
+            attack_steps=config.meta_loss.attack_steps,
+            loss=config.meta_loss.loss,
+        ),
     )
-    return meta_loss(config.meta_loss, trajectory), lane._replace(inner=inner)
+    progress = (lane.inner.step + 1 + jnp.arange(config.truncation)) / lane.horizon
+    return meta_loss(config.meta_loss, trajectory, progress), lane._replace(inner=inner)
+
+
+def _told_horizon(config: MetaTrainingConfig, lane: Lane) -> Array:
+    """The lane's horizon, or 0, not known, in some episodes."""
+    told = jax.random.bernoulli(jax.random.fold_in(lane.key, 2), config.horizon_known)
+    return jnp.where(told, lane.horizon, 0)
 
 
 def new_lane(

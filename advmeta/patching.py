@@ -3,6 +3,7 @@
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,9 +16,9 @@ from advmeta.attacks.threat_model import ThreatModel
 from advmeta.attacks.validation import check_attack_inputs
 from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.imports import is_import_name
-from advmeta.meta_optimizer.pretrained import load_card, load_meta_optimizer
+from advmeta.meta_optimizer.pretrained import load_card, load_meta_optimizer, outside_of
 from advmeta.notebook import html_table
-from advmeta.tasks import Task, take
+from advmeta.tasks import Task, aim_at, take
 from advmeta.types import Array, Batch, Key, Optimizee, Params, PyTree
 from advmeta.unroll import InnerState, unroll
 
@@ -217,25 +218,16 @@ def _resolve(
             raise ValueError("steps=None is for a pretrained meta-optimizer: write steps=200, say")
         optimizer, notes = meta_optimizer, []
     else:
-        optimizer, card = load_meta_optimizer(meta_optimizer), load_card(meta_optimizer)
-        notes = _outside_of(card, meta_optimizer, steps, threat_model)
-        if steps is None:
-            steps = int(card["training"]["horizon"][1])
+        card = load_card(meta_optimizer)
+        steps = int(card["training"]["horizon"][1]) if steps is None else steps
+        aim = aim_at(threat_model, steps)
+        notes = outside_of(card, meta_optimizer, aim)
+        with warnings.catch_warnings():  # the report says it
+            warnings.simplefilter("ignore", UserWarning)
+            optimizer = load_meta_optimizer(meta_optimizer, aim)
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
     return optimizer, steps, "; ".join(notes)
-
-
-def _outside_of(card: dict, name, steps: int | None, threat_model: ThreatModel) -> list[str]:
-    tasks, longest = card["training"]["tasks"], card["training"]["horizon"][1]
-    balls = sorted({(task["norm"], task["epsilon"]) for task in tasks})
-    notes = []
-    if (threat_model.norm, threat_model.epsilon) not in balls:
-        known = ", ".join(f"{norm} {epsilon:g}" for norm, epsilon in balls)
-        notes.append(f"{name} was trained for {known} alone")
-    if steps is not None and steps > longest:
-        notes.append(f"{name} was trained for at most {longest} steps")
-    return notes
 
 
 def _outcome(taken: int, steps: int, max_clean_drop: float | None) -> str:

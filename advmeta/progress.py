@@ -72,8 +72,7 @@ class TableProgress(_Bar):
 
     def __init__(self, config: TransferConfig, console: Console, cells_done: int = 0):
         each = 2 if config.attack == "autoattack" else 1
-        entries = len(config.rows) + 1  # the meta-optimizer's
-        parts = 1 + each * entries  # of a cell: tuning comes first
+        parts = 1 + each * config.entries  # of a cell: tuning comes first
         # After the first cell comes a look at its model.
         super().__init__("transfer table", len(config.cells) * parts + 1, console)
         self._done = cells_done * parts + (cells_done > 0)

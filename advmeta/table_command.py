@@ -14,6 +14,7 @@ from advmeta.evaluation.sanity import Check, sanity_checks
 from advmeta.evaluation.transfer import (
     META_OPTIMIZER,
     Entry,
+    MakeMetaOptimizer,
     TransferConfig,
     cell_keys,
     transfer_cells,
@@ -21,7 +22,7 @@ from advmeta.evaluation.transfer import (
 from advmeta.evaluation.twins import twins
 from advmeta.progress import TableProgress
 from advmeta.run_folder import replace_file
-from advmeta.tasks import Task
+from advmeta.tasks import Task, aim_at
 from advmeta.types import Key, PyTree
 
 _ADAM_RATE = 0.01  # the usual choice for small models
@@ -29,7 +30,7 @@ _ADAM_RATE = 0.01  # the usual choice for small models
 
 def make_table(
     config: TransferConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: MakeMetaOptimizer,
     seed: int,
     folder: pathlib.Path,
     console: Console,
@@ -45,7 +46,7 @@ def make_table(
     results, key = folder / "results.json", jax.random.key(seed)
     models: list[tuple[Task, PyTree]] = []
     records = json.loads(results.read_text()) if results.exists() else []
-    done = len(records) // ((len(config.rows) + 1) * config.seeds)
+    done = len(records) // (config.entries * config.seeds)
 
     def keep(entry: Entry, task: Task, params: PyTree) -> None:
         if entry.optimizer == META_OPTIMIZER and not models:
@@ -68,7 +69,7 @@ def make_table(
 
 def _look_closely(
     config: TransferConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: MakeMetaOptimizer,
     task: Task,
     params: PyTree,
     key: Key,
@@ -77,7 +78,8 @@ def _look_closely(
     """What is written of the models of the first cell, which are stacked over the seeds."""
     _, train_key, attack_key = cell_keys(key, 0)
     first_key = jax.random.split(train_key, config.seeds)[0]
-    optimizers = {META_OPTIMIZER: optimizer, f"adam {_ADAM_RATE:g}": optax.adam(_ADAM_RATE)}
+    ours = optimizer(aim_at(task.threat_model, config.inner_steps))
+    optimizers = {META_OPTIMIZER: ours, f"adam {_ADAM_RATE:g}": optax.adam(_ADAM_RATE)}
     first = jax.tree.map(lambda leaf: leaf[0], params)
     looks = {
         "behaviour": behaviour(task, optimizers, first_key, steps=config.inner_steps),

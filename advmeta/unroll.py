@@ -20,7 +20,8 @@ from advmeta.inner_gradients import (
     clean,
     stateful,
 )
-from advmeta.tasks import Task, TaskFamily
+from advmeta.task_families import TaskFamily
+from advmeta.tasks import Task
 from advmeta.types import Array, Batch, Key, Params, PyTree
 
 Evaluate = Callable[[Params, Key], PyTree]
@@ -57,6 +58,7 @@ def init_inner(
     """
     x, _ = check_arrays(*task.train)
     params = task.optimizee.init(key, x.shape[1:])
+    params = jax.tree.map(lambda p: p * task.initial_scale if p.ndim > 1 else p, params)
     for part in (task.train, task.held_out):
         check_attack_inputs(Partial(task.optimizee.apply, params), *part, task.threat_model)
     gradient_state = stateful(inner_gradient).init(task)

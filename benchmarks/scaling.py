@@ -22,7 +22,7 @@ import advmeta
 from advmeta import outer_step
 from advmeta.meta_optimizer import MetaOptimizerConfig, init_meta_params, scale_by_meta_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
-from advmeta.tasks import TaskConfig
+from advmeta.task_families import TaskConfig
 from benchmarks import timing
 
 EPISODES = (20, 200, 2000)

@@ -106,7 +106,7 @@ def test_flags_depend_neither_on_the_batch_size_nor_on_the_order(mlp):
     attack = partial(
         advmeta.autoattack, logits_fn, threat_model=LINF, key=KEY, version="custom", attacks=QUICK
     )
-    results = [attack(x, y, batch_size=size) for size in (256, 7, 1)]
+    results = [attack(x, y, batch_size=size) for size in (256, 7)]
     order = np.random.default_rng(0).permutation(24)
     shuffled = attack(x[order], y[order])
     assert 0 < results[0].robust.sum() < results[0].clean_accuracy * 24

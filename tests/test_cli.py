@@ -1,11 +1,9 @@
 """The command line: parsing, files written, exit codes."""
 
 import importlib.metadata
-import json
 
 import pytest
 
-import advmeta
 from advmeta import cli
 from advmeta.evaluation import baselines, transfer
 from advmeta.meta_training_config import MetaTrainingConfig
@@ -126,27 +124,3 @@ def test_a_full_disk_is_a_message_and_exit_code_1(tmp_path, monkeypatch, capsys)
     error = capsys.readouterr().err
     assert stopped.value.code == 1 and "No space left on device" in error
     assert "Traceback" not in error
-
-
-@pytest.mark.slow
-def test_meta_train_writes_what_it_says(tmp_path, capsys):
-    folder, one_task = tmp_path / "out", tmp_path / "tasks.json"
-    one_task.write_text('{"training": {"tasks": [{"optimizee": "linear"}]}}')
-    command = ["meta-train", "--config", str(one_task), "--output", str(folder), *TINY]
-    cli.main(command)
-    names = {path.name for path in folder.iterdir()}
-    assert {"config.json", "card.json", "metrics.jsonl", "meta_optimizer.safetensors",
-            "meta_optimizer.json", "report.html"} <= names  # fmt: skip
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["outer_step"] == 2 and 0 <= records[-1]["robust_accuracy"] <= 1
-    card = json.loads((folder / "meta_optimizer.json").read_text())
-    assert card["training"]["meta_optimizer"]["hidden"] == [4] and card["seed"] == 0
-    assert card["command"].startswith("advmeta meta-train --config ")
-    optimizer = advmeta.load_meta_optimizer(folder / "meta_optimizer.safetensors")
-    assert callable(optimizer.update)
-    # A folder with a run in it is never written over.
-    before = (folder / "card.json").read_bytes()
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(command)
-    assert stopped.value.code == 2 and "already holds a run" in capsys.readouterr().err
-    assert (folder / "card.json").read_bytes() == before

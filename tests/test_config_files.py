@@ -8,7 +8,7 @@ import pytest
 from advmeta import cli, config_files
 from advmeta.meta_optimizer import MetaOptimizerConfig
 from advmeta.meta_training_config import MetaTrainingConfig
-from advmeta.tasks import TaskConfig
+from advmeta.task_families import TaskConfig
 
 
 def test_round_trip_of_a_whole_command(tmp_path):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from fixtures.tiny import compile_fast as compile_fast
 
 from advmeta import data, optimizees
 from advmeta.attacks.threat_model import ThreatModel

@@ -8,6 +8,7 @@ import shlex
 import sys
 
 import pytest
+from fixtures.tiny import compile_fast as compile_fast
 
 from advmeta import cli, optimizees
 

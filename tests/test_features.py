@@ -133,3 +133,23 @@ def test_the_box_of_an_nnx_variable_is_no_layer():
     _, state = nnx.split(nnx.Linear(3, 5, rngs=nnx.Rngs(0)))
     plain = {"bias": jnp.ones(5), "kernel": jnp.ones((3, 5))}
     assert features.layer_positions(state) == features.layer_positions(plain)
+
+
+def test_the_aim():
+    # log(0.05 / 0.1 + 0.001) in linf; l2 has 1.0 in the place of 0.1.
+    linf, l2 = (features.aim_features(features.Aim(e, n)) for e, n in ((0.05, "linf"), (1.0, "l2")))
+    np.testing.assert_allclose(linf, [0, np.log(0.501)], rtol=1e-5)
+    np.testing.assert_allclose(l2, [1, np.log(1.001)], rtol=1e-3)
+    assert np.isfinite(features.aim_features(features.Aim(0.0))).all()
+    with pytest.raises(ValueError, match="norm='l1': meta-optimizers that see the aim know"):
+        features.aim_features(features.Aim(1.0, "l1"))
+
+
+def test_time():
+    # log(1 + 49) / 10, and 150 of 200 steps left; past the horizon, none.
+    known = features.Aim(horizon=200)
+    np.testing.assert_allclose(features.time_features(known, 50), [np.log(51) / 10, 1, 0.75])
+    np.testing.assert_allclose(features.time_features(known, 300)[1:], [1, 0])
+    for unknown in (features.Aim(), features.Aim(horizon=jnp.int32(0))):
+        found = features.time_features(unknown, 50)
+        np.testing.assert_allclose(found, [np.log(51) / 10, 0, 0], rtol=1e-6)

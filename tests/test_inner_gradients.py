@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,9 +7,11 @@ import pytest
 from fixtures.tiny import compile_fast as compile_fast
 from fixtures.tiny import random_like, tiny_task
 
+import advmeta
 from advmeta import inner_gradients, optimizees
 from advmeta.inner_gradients import adversarial, attacked, clean, noisy, replayed
 from advmeta.tasks import draw
+from advmeta.types import Batch
 
 KEY = jax.random.key(0)
 TASK = tiny_task(optimizees.linear(3))
@@ -70,14 +74,34 @@ def test_replayed_examples_take_the_place_of_the_clean_ones():
 
 
 def test_noise():
-    # A deviation of 0 is the clean gradient; one of 10 changes it, but not the bounds.
+    # A deviation of 0 is the clean gradient; one of 100 epsilons changes it, but not the bounds.
     batch = draw(TASK.train, jax.random.split(KEY)[0], TASK.batch_size)
-    close(jax.jit(noisy(0.0))(TASK, PARAMS, KEY), softmax_regression(*batch))
-    _, gradient = jax.jit(noisy(10.0))(TASK, PARAMS, KEY)
+    still, loud = (dataclasses.replace(TASK, noise=noise) for noise in (0.0, 100.0))
+    close(jax.jit(noisy)(still, PARAMS, KEY), softmax_regression(*batch))
+    _, gradient = jax.jit(noisy)(loud, PARAMS, KEY)
     # Of one example dW_ij = x_i (p - e_y)_j, at most 1 as x is in [0, 1].
     kernel = gradient["layer_0"]["kernel"]
     assert jnp.abs(kernel).max() <= 1
     assert jnp.abs(kernel - softmax_regression(*batch)[1]["layer_0"]["kernel"]).max() > 0.01
+
+
+def test_noise_is_as_long_as_the_threat_model_allows():
+    # Wide bounds, examples of d = 4 zeros, and a model that gives its input: of logits z the
+    # gradient in the bias b = 0 is softmax(z) - e_y, which tells z. In l2 each value's deviation is
+    # 2 * 0.5 / sqrt(4) = 0.5.
+    ball = advmeta.ThreatModel("l2", 0.5, (-9.0, 9.0))
+    model = advmeta.Optimizee(lambda key, shape: jnp.zeros(4), lambda b, x: x.reshape(-1, 4) + b)
+    zeros = Batch(jnp.zeros((512, 2, 2, 1)), jnp.zeros(512, jnp.int32))
+    task = advmeta.Task(zeros, zeros, ball, model, batch_size=1)
+
+    def centred(key):
+        _, gradient = noisy(task, jnp.zeros(4), key)
+        log = jnp.log(gradient.at[0].add(1.0))
+        return log - log.mean()
+
+    found = jax.jit(jax.vmap(centred))(jax.random.split(KEY, 2000))
+    # Taking the mean of 4 away leaves 3/4 of the variance; 6,000 degrees of freedom: 1 % of 0.433.
+    assert float(found.std()) == pytest.approx(0.5 * 0.75**0.5, rel=0.04)
 
 
 def test_replay_must_be_there():
@@ -88,7 +112,5 @@ def test_replay_must_be_there():
 def test_names():
     assert inner_gradients.by_name("clean") is clean
     assert inner_gradients.by_name("replayed") is replayed
-    with pytest.raises(
-        ValueError, match=r"'noise' is unknown; .*'clean', 'adversarial', 'replayed'"
-    ):
+    with pytest.raises(ValueError, match=r"'noise' is unknown; .*'clean', 'noisy', 'adversarial'"):
         inner_gradients.by_name("noise")

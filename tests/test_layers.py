@@ -14,6 +14,7 @@ LAYERS = [
     {"parameter_files"},
     {"data", "optimizees", "attacks", "meta_optimizer"},
     {"tasks"},
+    {"task_families"},
     {"inner_gradients"},
     {"held_out", "unroll"},
     {"patching"},

@@ -14,6 +14,7 @@ from advmeta.held_out import Accuracy
 from advmeta.inner_gradients import attacked, mean_cross_entropy
 from advmeta.meta_loss import MetaLossConfig
 from advmeta.meta_optimizer import (
+    Aim,
     MetaOptimizerConfig,
     init_meta_params,
     scale_by_meta_optimizer,
@@ -21,7 +22,8 @@ from advmeta.meta_optimizer import (
 from advmeta.meta_training import meta_train, training_states
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.outer_step import OuterState, init_outer, new_lane, outer_steps, run_truncation
-from advmeta.tasks import TaskConfig, draw
+from advmeta.task_families import TaskConfig
+from advmeta.tasks import draw
 from advmeta.types import Optimizee
 
 KEY = jax.random.key(0)
@@ -68,9 +70,9 @@ def test_meta_gradient_agrees_with_finite_differences():
     with jax.enable_x64(True):
         pool = tiny_pool(dtype=np.float64)
         family = tiny_family(optimizees.mlp((3,), "tanh", 3), pool)
-        weights = MetaLossConfig(adversarial_weight=1.0, clean_weight=0.5, attack_steps=2)
+        weights = MetaLossConfig(1.0, 0.5, attack_steps=2, lateness=0.0, loss="cross_entropy")
         config = dataclasses.replace(
-            CONFIG, meta_loss=weights, truncation=3, horizon=(3, 3),
+            CONFIG, meta_loss=weights, truncation=3, horizon=(3, 3), horizon_known=0.0,
             meta_optimizer=MetaOptimizerConfig(hidden=(2, 2), learning_rate=0.1),
         )  # fmt: skip
         phi = random_meta_params(config.meta_optimizer, dtype=np.float64)
@@ -88,7 +90,8 @@ def test_meta_gradient_agrees_with_finite_differences():
         task = family.sample(task_key)
 
         def run(phi, recorded=None):
-            optimizer = scale_by_meta_optimizer(phi, config.meta_optimizer)
+            aim = Aim(task.threat_model.epsilon)
+            optimizer = scale_by_meta_optimizer(phi, config.meta_optimizer, aim)
             (params, opt_state, *_), loss, record = lane.inner, 0.0, []
             for t in range(3):
                 gradient_key, evaluation_key = jax.random.split(jax.random.fold_in(episode_key, t))
@@ -313,7 +316,7 @@ def test_outer_steps_are_compiled_once():
         ({"estimator": "reinforce"}, "'reinforce' must be 'backpropagation' or 'pes'"),
         ({"estimator": "pes", "sigma": 0.0}, "sigma=0.0 positive"),
         ({"tasks": ()}, "must each hold at least one TaskConfig"),
-        ({"inner_gradient": "noisy"}, "'noisy' is unknown; the known ones are"),
+        ({"inner_gradient": "noise"}, "'noise' is unknown; the known ones are"),
     ],
 )
 def test_bad_config(kwargs, message):
@@ -337,8 +340,8 @@ def test_meta_training_on_digits_makes_models_more_robust():
     config = MetaTrainingConfig(
         tasks=(task,), selection=(dataclasses.replace(task, optimizee="mlp-12"),),
         meta_optimizer=MetaOptimizerConfig(hidden=(8,), learning_rate=0.003, shrinkage=0.01),
-        meta_loss=MetaLossConfig(attack_steps=3), outer_steps=60, lanes=4, truncation=10,
-        horizon=(20, 80), learning_rate=0.007, average=0.9, evaluate_every=60,
+        meta_loss=MetaLossConfig(clean_weight=0.5, attack_steps=3), outer_steps=60, lanes=4,
+        truncation=10, horizon=(20, 80), learning_rate=0.007, average=0.9, evaluate_every=60,
     )  # fmt: skip
     families = tuple(task.build() for task in config.selection)
     untrained = init_meta_params(config.meta_optimizer, key)

@@ -1,6 +1,7 @@
 """Patching: whose parameters come back, how they were averaged, and whether it helps."""
 
 import dataclasses
+import warnings
 
 import flax.linen as nn
 import haiku
@@ -183,7 +184,9 @@ def test_bad_input(options, message):
 
 def test_a_use_that_training_did_not_cover_is_noted():
     ball = dataclasses.replace(BALL, epsilon=0.3)
-    _, report = patch(meta_optimizer="digits-linf", steps=300, threat_model=ball)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the note is enough
+        _, report = patch(meta_optimizer="digits-linf", steps=300, threat_model=ball)
     assert "digits-linf was trained for linf 0.1 alone" in report.note
     assert "digits-linf was trained for at most 200 steps" in report.note
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from fixtures.tiny import compile_fast as compile_fast
 from rich.console import Console
 
 import advmeta
@@ -82,7 +83,7 @@ def test_a_table_goes_on_after_its_last_whole_column(tmp_path, faked, monkeypatc
     def make(folder, cells=fake_cells):
         folder.mkdir(exist_ok=True)
         monkeypatch.setattr(table_command, "transfer_cells", cells)
-        make_table(config, optax.sgd(1.0), 0, folder, console, check=True)
+        make_table(config, lambda aim: optax.sgd(1.0), 0, folder, console, check=True)
 
     def killed(*args, first, **options):
         begun.append(first)
@@ -110,8 +111,17 @@ def test_a_cell_is_the_same_whichever_cell_comes_first():
         Cell("wider", "digits", "linear", 0.2),
     )
     config = TransferConfig(cells, rows=(), inner_steps=3, seeds=1, attack_steps=2, restarts=1)
-    whole = list(transfer_cells(config, optax.sgd(0.1), key=jax.random.key(0)))
-    (alone,) = transfer_cells(config, optax.sgd(0.1), key=jax.random.key(0), first=1)
+    aims = []
+
+    def make(aim):
+        aims.append(aim)
+        return optax.sgd(0.1)
+
+    whole = list(transfer_cells(config, make, key=jax.random.key(0)))
+    assert {(float(aim.epsilon), aim.norm, aim.horizon) for aim in aims} == {
+        (0.1, "linf", 3), (0.2, "linf", 3),
+    }  # fmt: skip
+    (alone,) = transfer_cells(config, make, key=jax.random.key(0), first=1)
 
     def timeless(records):
         return [{k: v for k, v in record.items() if k != "seconds"} for record in records]

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from fixtures.tiny import compile_fast as compile_fast
 
 import advmeta
 from advmeta import cli, processes, training_command
@@ -45,6 +46,12 @@ def undisturbed(home):
     return outcome(home / "undisturbed")
 
 
+def environment():
+    """Of a process that runs this advmeta and compiles as this module does."""
+    source = str(pathlib.Path(advmeta.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": source, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
 def outcome(folder):
     """The weights, and the records without the times."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -72,6 +79,21 @@ def stopped(argv, capsys):
         cli.main(argv)
     out, err = capsys.readouterr()
     return exit.value.code, " ".join((out + err).split())
+
+
+@pytest.mark.slow
+def test_it_writes_what_it_says(home, undisturbed):
+    folder = home / "undisturbed"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "card.json", "metrics.jsonl", "meta_optimizer.safetensors",
+            "meta_optimizer.json", "report.html"} <= names  # fmt: skip
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["outer_step"] == 6 and 0 <= records[-1]["robust_accuracy"] <= 1
+    card = json.loads((folder / "meta_optimizer.json").read_text())
+    assert card["training"]["meta_optimizer"]["hidden"] == [4] and card["seed"] == 0
+    assert card["command"].startswith("advmeta meta-train --config ")
+    optimizer = advmeta.load_meta_optimizer(folder / "meta_optimizer.safetensors")
+    assert callable(optimizer.update)
 
 
 @pytest.mark.slow
@@ -106,8 +128,7 @@ def test_a_killed_run_that_is_resumed_ends_as_an_undisturbed_one(home, undisturb
     """`python -m benchmarks.soak` kills it fifty times; here a checkpoint is damaged too."""
     argv, folder = arguments(home, "killed"), home / "killed"
     command = [sys.executable, "-c", "from advmeta.cli import main; main()", *argv]
-    tested = {**os.environ, "PYTHONPATH": str(pathlib.Path(advmeta.__file__).parents[1])}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=tested) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment()) as process:
         while not (folder / "checkpoints" / "4").exists():
             assert process.poll() is None, "it ended before it wrote two checkpoints"
             time.sleep(0.005)
@@ -140,9 +161,8 @@ cli.main(sys.argv[1:])
 def test_a_full_disk_costs_what_came_after_the_last_checkpoint(home, undisturbed):
     """From outer step 4 on no file may be longer than 1,000 bytes."""
     argv = arguments(home, "full")
-    tested = {**os.environ, "PYTHONPATH": str(pathlib.Path(advmeta.__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, *argv], capture_output=True, text=True, env=tested
+        [sys.executable, "-c", FULL_DISK, *argv], capture_output=True, text=True, env=environment()
     )
     said = " ".join(done.stderr.split())
     assert done.returncode == 1 and "advmeta: a checkpoint could not be written to" in said
@@ -167,13 +187,12 @@ def two_processes(home, name, *more, second="from advmeta.cli import main; main(
     """Two processes on this machine that meta-train together; ``second`` is the code of one."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         meet = ["--coordinator", f"127.0.0.1:{server.getsockname()[1]}", "--num-processes", "2"]
-    tested = {**os.environ, "PYTHONPATH": str(pathlib.Path(advmeta.__file__).parents[1])}
     codes = ["from advmeta.cli import main; main()", second]
     argv = [arguments(home, name, *meet, "--process-id", str(i), *more) for i in range(2)]
     started = [
         subprocess.Popen(
             [sys.executable, "-c", code, *words],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=tested,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
         )
         for code, words in zip(codes, argv, strict=True)
     ]  # fmt: skip

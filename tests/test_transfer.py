@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fixtures.tiny import compile_fast as compile_fast
 from rich.console import Console
 
 import advmeta
@@ -47,11 +48,17 @@ def test_grids_hold_every_combination_and_rows_cover_them():
 def test_weight_decay_of_each_baseline_is_its_textbook_one(name):
     """One step from theta = 2 with gradient 0.5, learning rate 0.1 and decay 0.3."""
     point = baselines.Hyperparameters(0.1, 0.3, 0.0)
-    optimizer, params = baselines.BASELINES[name].optimizer(point), jnp.array([2.0])
-    update, _ = optimizer.update(jnp.array([0.5]), optimizer.init(params), params)
+    optimizer, params = baselines.BASELINES[name].optimizer(point, 2), jnp.array([2.0])
+    update, state = optimizer.update(jnp.array([0.5]), optimizer.init(params), params)
     # SGD: -0.1 (0.5 + 0.3 * 2). Adam's first step is -0.1 sign(g); AdamW adds -0.1 * 0.3 * 2.
     expected = {"sgd": -0.11, "adam": -0.1, "adamw": -0.16}[name]
     np.testing.assert_allclose(update, [expected], rtol=1e-5)
+    # The rate is half after half of the steps, and 0 after all.
+    half, state = optimizer.update(jnp.array([0.5]), state, params)
+    momentum = 1.9 if name == "sgd" else 1.0
+    np.testing.assert_allclose(half, [0.5 * momentum * expected], rtol=1e-3)
+    last, _ = optimizer.update(jnp.array([0.5]), state, params)
+    np.testing.assert_allclose(last, [0.0], atol=1e-6)
 
 
 def test_unknown_rows_list_the_known_ones():
@@ -82,7 +89,7 @@ def tiny_table():
         patch.setattr(transfer, "BASELINES", small)
         messages, kept = [], []
         ((records, curves),) = transfer.transfer_cells(
-            config, optax.adam(3e-2), key=jax.random.key(0), report=messages.append,
+            config, lambda aim: optax.adam(3e-2), key=jax.random.key(0), report=messages.append,
             keep=lambda *trained: kept.append(trained),
         )  # fmt: skip
     assert transfer.judge._cache_size() == 0  # else the maps of many cells' programs add up

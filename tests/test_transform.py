@@ -14,7 +14,7 @@ from fixtures.tiny import compile_fast as compile_fast
 from fixtures.tiny import random_like, random_meta_params
 from optax._src.base import NO_PARAMS_MSG
 
-from advmeta.meta_optimizer import FEATURES, MetaOptimizerConfig, scale_by_meta_optimizer
+from advmeta.meta_optimizer import FEATURES, Aim, MetaOptimizerConfig, scale_by_meta_optimizer
 
 STEPS = 4
 PARAMS = {"layer_0": {"bias": np.zeros(2, np.float32), "kernel": np.ones((3, 2), np.float32)}}
@@ -30,7 +30,7 @@ CONFIGS = {
     "parameter": MetaOptimizerConfig((2,), ("parameter",)),
     "layer": MetaOptimizerConfig((2,), ("layer",)),
     "log_sign+adam": MetaOptimizerConfig((2,), ("log_sign", "adam")),
-    "all": MetaOptimizerConfig((2, 3), FEATURES),
+    "all": MetaOptimizerConfig((2, 3), FEATURES, regularisation=0.1),
 }
 OPTIMIZERS = [*CONFIGS, "optax.adam"]
 
@@ -361,26 +361,41 @@ def test_new_meta_params_are_an_argument_and_not_a_recompilation(name):
     assert float(jnp.abs(kernels([other])[0] - kernels(reference(name)[0])[0]).max()) > 1e-4
 
 
-def test_a_readout_of_zero_is_adam_with_shrinkage():
-    # tanh 0 = 0 and exp 0 = 1: u = -eta m_hat / (sqrt(v_hat) + eps) - lambda rms tanh(theta /
-    # (0.3 rms)), without the last term where the leaf has one axis or none.
-    config = MetaOptimizerConfig((2,), FEATURES, learning_rate=0.02, shrinkage=0.3)
+@pytest.mark.parametrize(
+    ("seen", "horizon", "paces"),
+    [
+        (FEATURES[:4], 8, [1, 1, 1, 1]),  # which is not told the time
+        (FEATURES, None, [1 / 3] * 4),
+        # sin^2(pi/2 (1 - t/2)) = 1, 1/2, 0, and nothing after the horizon.
+        (FEATURES, 2, [1, 0.5, 0, 0]),
+    ],
+)
+def test_a_readout_of_zero_is_adam_with_shrinkage(seen, horizon, paces):
+    # tanh 0 = 0 and exp 0 = 1: u = -eta_t m_hat / (sqrt(v_hat) + eps) - lambda_t rms tanh(theta /
+    # (0.3 rms)), of the gradient g + mu theta, without the last term where the leaf has one axis or
+    # none.
+    config = MetaOptimizerConfig((2,), seen, 0.02, regularisation=0.4, shrinkage=0.3)
     meta_params = random_meta_params(config)
     meta_params["readout"] = jax.tree.map(np.zeros_like, meta_params["readout"])
-    ours = compile_update(scale_by_meta_optimizer(meta_params, config))
+    aim = Aim(horizon=horizon)
+    ours = compile_update(scale_by_meta_optimizer(meta_params, config, aim))
 
     def shrinkage(theta):
         rms = np.sqrt(np.mean(np.square(theta)) + 1e-6)
         return 0.3 * rms * np.tanh(theta / (0.3 * rms)) * (np.ndim(theta) >= 2)
 
-    adam = optax.adam(0.02)
+    adam = optax.chain(optax.add_decayed_weights(0.4), optax.adam(0.02))
 
     def update(gradient, state, params):
-        updates, state = adam.update(gradient, state)
+        updates, state = adam.update(gradient, state, params)
         return jax.tree.map(lambda u, p: u - shrinkage(p), updates, params), state
 
     expected = optax.GradientTransformation(adam.init, update)
-    assert_close(loop(ours)[0], loop(expected)[0], rtol=1e-5, atol=1e-7)
+    expected = [
+        jax.tree.map(lambda u, p=pace: p * u, updates)
+        for pace, updates in zip(paces, loop(expected)[0], strict=True)
+    ]
+    assert_close(loop(ours)[0], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_updates_are_bounded_whatever_the_meta_params():

@@ -1,14 +1,17 @@
 """Weights on disk: a round trip, and files that are refused."""
 
+import functools
 import json
 import pickle
+import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import advmeta
-from advmeta.meta_optimizer import weights
+from advmeta.meta_optimizer import pretrained, weights
 
 
 @pytest.fixture
@@ -79,6 +82,7 @@ def test_shapes_that_do_not_fit_the_config_are_named(saved):
         ("{}", "no 'meta_optimizer'"),
         ('{"meta_optimizer": {"layers": 3}}', "no 'meta_optimizer'"),
         ('{"meta_optimizer": {"features": ["colour"]}}', "colour.*log_sign"),
+        ('{"meta_optimizer": {"shift": 3.0}}', "lacks .*'learning_rate'.*'regularisation'"),
     ],
 )
 def test_a_bad_card_is_refused(saved, card, message):
@@ -86,6 +90,29 @@ def test_a_bad_card_is_refused(saved, card, message):
     path.with_suffix(".json").write_text(card)
     with pytest.raises(ValueError, match=message):
         weights.load_weights(path)
+
+
+def test_an_aim_that_training_did_not_cover_is_warned_of():
+    cases = {
+        advmeta.Aim(0.1, "linf", 200): None,
+        advmeta.Aim(0.2): "digits-linf was trained for linf 0.1 alone",
+        advmeta.Aim(0.1, "l2"): "digits-linf was trained for linf 0.1 alone",
+        advmeta.Aim(horizon=201): "digits-linf was trained for at most 200 steps",
+    }
+    for aim, message in cases.items():
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            advmeta.load_meta_optimizer("digits-linf", aim)
+        assert [str(warning.message) for warning in seen] == ([message] if message else [])
+    # A family whose epsilon varies by a factor covers what is between; traced ones are not seen.
+    task = {"norm": "linf", "epsilon": 0.1, "variation": {"epsilon": 2.0}}
+    card = {"training": {"horizon": [20, 100], "tasks": [task, task | {"norm": "l2"}]}}
+    notes = functools.partial(pretrained.outside_of, card, "mine")
+    assert notes(advmeta.Aim(0.05)) == notes(advmeta.Aim(0.2, "l2", 100)) == []
+    (note,) = notes(advmeta.Aim(0.21))
+    assert note == "mine was trained for l2 0.05 to 0.2, linf 0.05 to 0.2 alone"
+    assert notes(advmeta.Aim(jnp.float32(0.5), "linf", jnp.int32(200))) == []
+    assert pretrained.outside_of({}, "mine", advmeta.Aim(9.0)) == []
 
 
 def test_unknown_names_list_the_known_ones(tmp_path):

@@ -76,6 +76,10 @@ class ThreatModel:
         size = to_reduce(jnp.abs(flat))
         return size.max(axis=1) if self.norm == "linf" else size.sum(axis=1)
 
+    def per_value(self, size: int) -> float | Array:
+        """What each value of an example of that many can change by if all change alike."""
+        return self.epsilon / size ** (1 / ORDERS[self.norm])
+
     def widest(self, size: int) -> float:
         """The largest distance within the bounds, of examples with that many values."""
         lower, upper = self.bounds

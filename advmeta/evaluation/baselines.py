@@ -1,5 +1,6 @@
 """The ordinary optimizers that the meta-optimizer is held against, each with its grid."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -12,13 +13,13 @@ import optax
 
 from advmeta.inner_gradients import RECIPES, InnerGradient, noisy
 from advmeta.tasks import Task
-from advmeta.types import Array, Params
+from advmeta.types import Array, Key, Params
 
 
 class Hyperparameters(NamedTuple):
     """What is tuned; arrays [g], one entry a point of the grid, or scalars of one point."""
 
-    learning_rate: Array
+    learning_rate: Array  # at the start; it follows a half cosine to zero
     weight_decay: Array
     noise: Array  # standard deviation of Gaussian input noise, in units of epsilon
 
@@ -26,16 +27,20 @@ class Hyperparameters(NamedTuple):
 class Baseline(NamedTuple):
     """An optimizer, the inner gradient it is given, and what is tried for it."""
 
-    optimizer: Callable[[Hyperparameters], optax.GradientTransformation]
+    optimizer: Callable[[Hyperparameters, int], optax.GradientTransformation]
     recipe: str  # of RECIPES; the clean one is given the noise of each point
     grid: Hyperparameters
     repeats: int = 1  # a small grid is judged on so many times the models
 
-    def inner_gradient(self, point: Hyperparameters, task: Task) -> InnerGradient:
+    def inner_gradient(self, point: Hyperparameters) -> InnerGradient:
         """That of the recipe, at a point of the grid."""
-        if self.recipe == "clean":
-            return noisy(point.noise * task.threat_model.epsilon)
-        return RECIPES[self.recipe].inner_gradient
+        if self.recipe != "clean":
+            return RECIPES[self.recipe].inner_gradient
+
+        def with_noise(task: Task, params: Params, key: Key) -> tuple[Array, Params]:
+            return noisy(dataclasses.replace(task, noise=point.noise), params, key)
+
+        return with_noise
 
 
 class Choice(NamedTuple):
@@ -54,24 +59,29 @@ class Row(NamedTuple):
     belongs: Callable[[Hyperparameters], Array]  # which points of the grid, bool [g]
 
 
-def adam(point: Hyperparameters) -> optax.GradientTransformation:
+def adam(point: Hyperparameters, steps: int) -> optax.GradientTransformation:
     """Adam with L2 regularisation: the decay is a part of the gradient."""
     return optax.chain(
-        optax.add_decayed_weights(point.weight_decay), optax.adam(point.learning_rate)
+        optax.add_decayed_weights(point.weight_decay), optax.adam(_schedule(point, steps))
     )
 
 
-def sgd(point: Hyperparameters) -> optax.GradientTransformation:
+def sgd(point: Hyperparameters, steps: int) -> optax.GradientTransformation:
     """SGD with momentum 0.9 and L2 regularisation."""
     return optax.chain(
         optax.add_decayed_weights(point.weight_decay),
-        optax.sgd(point.learning_rate, momentum=0.9),
+        optax.sgd(_schedule(point, steps), momentum=0.9),
     )
 
 
-def adamw(point: Hyperparameters) -> optax.GradientTransformation:
+def adamw(point: Hyperparameters, steps: int) -> optax.GradientTransformation:
     """Adam with decoupled decay (Loshchilov and Hutter 2019)."""
-    return optax.adamw(point.learning_rate, weight_decay=point.weight_decay)
+    return optax.adamw(_schedule(point, steps), weight_decay=point.weight_decay)
+
+
+def _schedule(point: Hyperparameters, steps: int) -> optax.Schedule:
+    """A rate that falls: for 200 steps its best is level with the best constant one or above."""
+    return optax.cosine_decay_schedule(point.learning_rate, steps)
 
 
 def one_of(
@@ -97,12 +107,13 @@ def one_of(
 
 
 def make_one_of(
-    names: Sequence[str], choice: Choice, task: Task
+    names: Sequence[str], steps: int, choice: Choice, task: Task
 ) -> tuple[optax.GradientTransformation, InnerGradient]:
     """The optimizer that was chosen among baselines of one recipe, and the inner gradient."""
+    del task  # what tunes itself may look at it
     baselines = [BASELINES[name] for name in names]
-    optimizer = one_of(choice.which, [baseline.optimizer(choice.point) for baseline in baselines])
-    return optimizer, baselines[0].inner_gradient(choice.point, task)
+    optimizer = one_of(choice.which, [b.optimizer(choice.point, steps) for b in baselines])
+    return optimizer, baselines[0].inner_gradient(choice.point)
 
 
 _ADAM_RATES, _SGD_RATES = (1e-3, 3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1, 3e-1)

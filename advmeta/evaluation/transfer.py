@@ -24,13 +24,15 @@ from advmeta.evaluation.baselines import (
 from advmeta.evaluation.curves import epsilon_curves, learning_curves, train_and_keep
 from advmeta.evaluation.stronger import with_autoattack
 from advmeta.held_out import Accuracy, held_out_accuracy
-from advmeta.inner_gradients import RECIPES, InnerGradient, Recipe, clean
-from advmeta.tasks import Task
+from advmeta.inner_gradients import RECIPES, InnerGradient, Recipe
+from advmeta.meta_optimizer.features import Aim
+from advmeta.tasks import Task, aim_at
 from advmeta.types import Array, Key, Norm, PyTree
-from advmeta.unroll import train
+from advmeta.unroll import train, with_replay
 
 Progress = Callable[[str], None]
 META_OPTIMIZER = "meta-optimizer"  # its rows' name
+MakeMetaOptimizer = Callable[[Aim], optax.GradientTransformation]
 Make = Callable[[Any, Task], tuple[optax.GradientTransformation, InnerGradient]]
 
 
@@ -70,7 +72,9 @@ class TransferConfig:
 
     Args:
       cells: its columns.
-      rows: names of its rows, of `baselines.ROWS`; the meta-optimizer's comes after them.
+      rows: names of its rows, of `baselines.ROWS`; the meta-optimizer's come after them.
+      inner_gradients: of the meta-optimizer's rows, of `RECIPES`; the first one's models are those
+        that are looked at closely.
       inner_steps: of every row alike.
       batch_size: examples an inner step.
       seeds: models trained for each entry; mean and spread are over them.
@@ -83,6 +87,7 @@ class TransferConfig:
 
     cells: tuple[Cell, ...] = CELLS
     rows: tuple[str, ...] = QUICK_ROWS
+    inner_gradients: tuple[str, ...] = ("clean",)
     inner_steps: int = 200
     batch_size: int = 128
     seeds: int = 3
@@ -96,11 +101,22 @@ class TransferConfig:
         unknown = [name for name in self.rows if name not in ROWS]
         if unknown:
             raise ValueError(f"rows={unknown} are unknown; the known ones are {list(ROWS)}")
+        unknown = [name for name in self.inner_gradients if name not in RECIPES]
+        if unknown or not self.inner_gradients:
+            raise ValueError(
+                f"inner_gradients={self.inner_gradients}: {unknown or 'none'} cannot be used; the "
+                f"known ones are {list(RECIPES)}, and there must be at least one"
+            )
         if self.attack not in ("pgd", "autoattack"):
             raise ValueError(f"attack={self.attack!r} is unknown; write 'pgd' or 'autoattack'")
         for name in ("inner_steps", "seeds", "tuning_seeds", "attack_steps", "restarts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def entries(self) -> int:
+        """Rows, the meta-optimizer's too."""
+        return len(self.rows) + len(self.inner_gradients)
 
 
 class Entry(NamedTuple):
@@ -116,7 +132,7 @@ class Entry(NamedTuple):
 
 def transfer_cells(
     config: TransferConfig,
-    meta_optimizer: optax.GradientTransformation,
+    meta_optimizer: MakeMetaOptimizer,
     *,
     key: Key,
     first: int = 0,
@@ -131,7 +147,8 @@ def transfer_cells(
 
     Args:
       config: see `TransferConfig`.
-      meta_optimizer: an optax transformation that needs no learning rate.
+      meta_optimizer: from what it is told of each cell to an optax transformation that needs no
+        learning rate.
       key: the same key gives the same table.
       first: the cell to begin with; a cell's numbers do not depend on it.
       report: called with a message when something starts.
@@ -142,10 +159,12 @@ def transfer_cells(
       accuracy along training ("learning") and robust accuracy against epsilon ("epsilon").
     """
 
-    def ours(
-        choice: Choice | None, task: Task
-    ) -> tuple[optax.GradientTransformation, InnerGradient]:
-        return meta_optimizer, clean
+    def ours(recipe: str) -> Entry:
+        def make(choice: None, task: Task) -> tuple[optax.GradientTransformation, InnerGradient]:
+            aim = aim_at(task.threat_model, config.inner_steps)
+            return meta_optimizer(aim), RECIPES[recipe].inner_gradient
+
+        return Entry(META_OPTIMIZER, recipe, make, None, RECIPES[recipe], 0)
 
     for index, cell in enumerate(config.cells[first:], first):
         tune_key, train_key, attack_key = cell_keys(key, index)
@@ -153,7 +172,9 @@ def transfer_cells(
         tuning, task = make_tasks(config, cell)
         report(f"{cell.setting}: tuning the baselines")
         entries = tune(config, tuning, tune_key)
-        entries.append(Entry(META_OPTIMIZER, "clean", ours, None, RECIPES["clean"], 0))
+        if "replayed" in config.inner_gradients:
+            task = with_replay(task, train_key)
+        entries += map(ours, config.inner_gradients)
         compiled = compile_trainings(config, task, entries, keys)
         records, curves = [], {"learning": [], "epsilon": []}
         for entry in entries:
@@ -204,7 +225,10 @@ def tune(config: TransferConfig, task: Task, key: Key) -> list[Entry]:
         found = pool.map(lambda names: score_grids(config, tuple(names), task, key),
                          groups.values())  # fmt: skip
         scores = {name: score for group in found for name, score in group.items()}
-    makes = {recipe: functools.partial(make_one_of, names) for recipe, names in groups.items()}
+    makes = {
+        recipe: functools.partial(make_one_of, names, config.inner_steps)
+        for recipe, names in groups.items()
+    }
     entries = []
     for row in rows:
         baseline = BASELINES[row.baseline]
@@ -229,7 +253,7 @@ def score_grids(
 
     def run(choice: Choice, key: Key) -> Array:
         train_key, attack_key = jax.random.split(key)
-        optimizer, inner_gradient = make_one_of(names, choice, task)
+        optimizer, inner_gradient = make_one_of(names, config.inner_steps, choice, task)
         params, _ = train(
             task, optimizer, train_key, steps=config.inner_steps, inner_gradient=inner_gradient
         )

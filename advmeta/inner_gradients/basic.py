@@ -91,17 +91,18 @@ def clean(task: Task, params: Params, key: Key) -> tuple[Array, Params]:
     return jax.value_and_grad(mean_cross_entropy, argnums=1)(task, params, batch)
 
 
-def noisy(sigma: float | Array) -> InnerGradient:
-    """The examples with Gaussian noise of standard deviation sigma, clipped to the bounds."""
+def noisy(task: Task, params: Params, key: Key) -> tuple[Array, Params]:
+    """The examples with Gaussian noise, clipped to the bounds.
 
-    def gradient(task: Task, params: Params, key: Key):
-        draw_key, noise_key = jax.random.split(key)
-        batch = draw(task.train, draw_key, task.batch_size)
-        x = batch.x + sigma * jax.random.normal(noise_key, batch.x.shape, batch.x.dtype)
-        batch = batch._replace(x=x.clip(*task.threat_model.bounds))
-        return jax.value_and_grad(mean_cross_entropy, argnums=1)(task, params, batch)
-
-    return gradient
+    Its standard deviation is ``task.noise`` times epsilon for one value: epsilon in linf,
+    ``epsilon / sqrt(d)`` in l2 for an example of d values.
+    """
+    draw_key, noise_key = jax.random.split(key)
+    batch = draw(task.train, draw_key, task.batch_size)
+    sigma = task.noise * task.threat_model.per_value(batch.x[0].size)
+    x = batch.x + sigma * jax.random.normal(noise_key, batch.x.shape, batch.x.dtype)
+    batch = batch._replace(x=x.clip(*task.threat_model.bounds))
+    return jax.value_and_grad(mean_cross_entropy, argnums=1)(task, params, batch)
 
 
 def adversarial(steps: int = 7) -> InnerGradient:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from advmeta.imports import import_function, is_import_name
-from advmeta.inner_gradients.basic import InnerGradient, adversarial, clean, replayed
+from advmeta.inner_gradients.basic import InnerGradient, adversarial, clean, noisy, replayed
 from advmeta.inner_gradients.divergence import trades, vat
 from advmeta.inner_gradients.low_cost import fgsm_rs, free, yopo
 
@@ -22,6 +22,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "clean": Recipe(clean, 1, 0),
+    "noisy": Recipe(noisy, 1, 0),
     "adversarial": Recipe(adversarial(steps=7), 7 + 1, 1),
     "replayed": Recipe(replayed, 1, 0),
     "trades": Recipe(trades(steps=10), 10 + 2, 1),
@@ -33,10 +34,10 @@ RECIPES = {
 
 
 def by_name(name: str) -> InnerGradient:
-    """One of "clean", "adversarial", "replayed", "trades", "fgsm-rs", "free", "yopo" and "vat".
+    """An inner gradient of this package, or one of one's own, as module:function.
 
-    Each is the function of that name with the constants that `RECIPES` gives it. Or one of one's
-    own, as module:function.
+    The names are "clean", "noisy", "adversarial", "replayed", "trades", "fgsm-rs", "free", "yopo"
+    and "vat". Each is the function of that name with the constants that `RECIPES` gives it.
 
     Raises:
       ValueError: another name.

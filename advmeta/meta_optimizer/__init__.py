@@ -1,6 +1,7 @@
 """The meta-optimizer: features -> LSTM -> update, as an optax transformation."""
 
 from advmeta.meta_optimizer.features import FEATURES as FEATURES
+from advmeta.meta_optimizer.features import Aim as Aim
 from advmeta.meta_optimizer.transform import MetaOptimizerConfig as MetaOptimizerConfig
 from advmeta.meta_optimizer.transform import ScaleByMetaOptimizerState as ScaleByMetaOptimizerState
 from advmeta.meta_optimizer.transform import init_meta_params as init_meta_params

@@ -11,10 +11,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, GetAttrKey
+from jax.typing import ArrayLike
 
-from advmeta.types import Array, Params
+from advmeta.types import Array, Norm, Params
 
-FEATURES = ("log_sign", "adam", "parameter", "layer")
+FEATURES = ("log_sign", "adam", "parameter", "layer", "aim", "time")
+TYPICAL_EPSILON = {"linf": 0.1, "l2": 1.0}
+
+
+class Aim(NamedTuple):
+    """What a meta-optimizer is told of a training, beside its gradients.
+
+    Attributes:
+      epsilon: the radius in which the model is to be robust, for inputs in [0, 1]. It is a dial:
+        a larger one gives more robust models with less clean accuracy.
+      norm: "linf" or "l2".
+      horizon: inner steps of the whole training; None: not known.
+    """
+
+    epsilon: ArrayLike = 0.1
+    norm: Norm = "linf"
+    horizon: ArrayLike | None = None
 
 
 class LayerPosition(NamedTuple):
@@ -87,6 +104,32 @@ def layer_features(parameter: Array, position: LayerPosition) -> tuple[Array, ..
         row = size.mean(axis=position.outputs, keepdims=True)
         column = size.mean(axis=inputs, keepdims=True)
     return tensor, row[..., None], column[..., None]
+
+
+def aim_features(aim: Aim) -> Array:
+    """Whether the norm is l2, and log epsilon, zero at what is typical of the norm. [2]
+
+    Raises:
+      ValueError: another norm.
+    """
+    if aim.norm not in TYPICAL_EPSILON:
+        raise ValueError(
+            f"norm={aim.norm!r}: meta-optimizers that see the aim know {list(TYPICAL_EPSILON)}"
+        )
+    relative = jnp.asarray(aim.epsilon, jnp.float32) / TYPICAL_EPSILON[aim.norm]
+    return jnp.stack([jnp.float32(aim.norm == "l2"), jnp.log(relative + 1e-3)])
+
+
+def time_features(aim: Aim, count: Array) -> Array:
+    """Log of the inner steps so far, whether the horizon is known, and the share left of it. [3]"""
+    elapsed = jnp.log1p(jnp.float32(count)) / 10
+    if aim.horizon is None:
+        return jnp.stack([elapsed, jnp.float32(0), jnp.float32(0)])
+    # A horizon of zero says, where it is traced, that it is not known.
+    horizon = jnp.asarray(aim.horizon, jnp.float32)
+    left = jnp.clip(1 - count / jnp.maximum(horizon, 1), 0, 1)
+    known = jnp.float32(horizon > 0)
+    return jnp.stack([elapsed, known, known * left])
 
 
 def layer_positions(params: Params) -> list[LayerPosition]:

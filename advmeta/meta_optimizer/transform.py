@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from optax._src.base import NO_PARAMS_MSG  # optax's own words; not exported
 
 from advmeta.meta_optimizer import features
+from advmeta.meta_optimizer.features import Aim
 from advmeta.meta_optimizer.lstm import LSTM, Memory
 from advmeta.types import Array, Key, MetaParams, Params, PyTree
 
@@ -28,18 +29,22 @@ class MetaOptimizerConfig:
       hidden: units of each LSTM layer.
       features: of `FEATURES`: "log_sign" (gradient), "adam" (normalised momentum and gradient),
         "parameter" (in units of its tensor's RMS), "layer" (position, fan-in, fan-out, RMS, row
-        and column means). The last two need ``params`` in ``update``.
-      learning_rate: eta, the step of the nominal Adam that the LSTM modulates.
+        and column means), "aim" (norm and epsilon), "time" (steps taken and left). "parameter",
+        "layer" and regularisation need ``params`` in ``update``.
+      learning_rate: eta, the step of the nominal Adam that the LSTM modulates. With the feature
+        "time" it falls to zero as a half cosine; a third of it where the horizon is not known.
+      regularisation: mu, the L2 regularisation that is a part of Adam's gradient.
       shrinkage: lambda, by how much a step nominally shrinks a weight, in units of its tensor's
-        RMS.
+        RMS; it falls with eta.
       shift: the largest step that the LSTM can take of its own, in units of eta.
     """
 
     hidden: tuple[int, ...] = (20, 20)
     features: tuple[str, ...] = features.FEATURES
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
+    regularisation: float = 0.01
     shrinkage: float = 0.025
-    shift: float = 10.0
+    shift: float = 3.0
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.features if name not in features.FEATURES]
@@ -53,7 +58,8 @@ class MetaOptimizerConfig:
 
     @property
     def needs_params(self) -> bool:
-        return "parameter" in self.features or "layer" in self.features
+        regularised = "adam" in self.features and self.regularisation != 0
+        return regularised or "parameter" in self.features or "layer" in self.features
 
 
 class ScaleByMetaOptimizerState(NamedTuple):
@@ -76,14 +82,18 @@ class _Coordinates(NamedTuple):
 
 
 def scale_by_meta_optimizer(
-    meta_params: MetaParams, config: MetaOptimizerConfig = MetaOptimizerConfig()
+    meta_params: MetaParams,
+    config: MetaOptimizerConfig = MetaOptimizerConfig(),
+    aim: Aim = Aim(),
 ) -> optax.GradientTransformationExtraArgs:
     """The update that a coordinate-wise LSTM makes of a gradient; it needs no learning rate.
 
     ``a, b, c = LSTM_phi(features(g, theta))``  for each coordinate, and
 
-    ``u = eta ( shift tanh(b) - exp(2 tanh(a)) m_hat / (sqrt(v_hat) + eps) )
-    - lambda exp(2 tanh(c)) rms tanh(theta / (0.3 rms))``,  rms that of theta's tensor
+    ``u = eta_t ( shift tanh(b) - exp(2 tanh(a)) m_hat / (sqrt(v_hat) + eps) )
+    - lambda_t exp(2 tanh(c)) rms tanh(theta / (0.3 rms))``
+
+    with rms that of theta's tensor, and m_hat and v_hat the moments of ``g + mu theta``.
 
     Each term is there if the features show what it is made of: Adam's direction with "adam", the
     shrinkage with "parameter". All three are bounded: a readout of zero is Adam with shrinkage,
@@ -98,6 +108,7 @@ def scale_by_meta_optimizer(
       meta_params: phi, from `init_meta_params`, `meta_train` or a file. To train them, build the
         transformation inside the function that is differentiated.
       config: the one they were made with.
+      aim: norm, epsilon and horizon, for those with the features "aim" and "time"; may be traced.
 
     Returns:
       An optax transformation. Its ``update`` takes ``params`` where the features look at them.
@@ -136,13 +147,16 @@ def scale_by_meta_optimizer(
         if params is None and config.needs_params:
             raise ValueError(NO_PARAMS_MSG)
         gradient = jax.tree.map(_float32, jax.lax.stop_gradient(updates))
-        mu, nu, direction, normalised = _adam(config, state, gradient)
+        mu, nu, direction, normalised = _adam(config, state, gradient, params)
         leaves, treedef = jax.tree.flatten(gradient)
         columns = [_leaves(tree, treedef) for tree in (direction, normalised, params)]
-        tensors = map(_Coordinates, leaves, *columns, features.layer_positions(gradient))
+        positions = features.layer_positions(gradient)
+        tensors = map(_Coordinates, leaves, *columns, positions)
+        situation = _situation(config, aim, state.count)
+        pace = _pace(config, aim, state.count)
         memories = _split_memory(state.memory, treedef)
         stepped: list[tuple[Array, Any]] = [
-            update_tensor(*pair) for pair in zip(tensors, memories, strict=True)
+            update_tensor(*pair, situation, pace) for pair in zip(tensors, memories, strict=True)
         ]
         new_updates = treedef.unflatten([u for u, _ in stepped])
         new_updates = jax.tree.map(lambda u, g: u.astype(g.dtype), new_updates, updates)
@@ -150,9 +164,10 @@ def scale_by_meta_optimizer(
         count = optax.safe_increment(state.count)
         return new_updates, ScaleByMetaOptimizerState(count, mu, nu, memory)
 
-    def update_tensor(tensor: _Coordinates, memory: tuple[Memory, ...]):
-        readout, updated = lstm.apply({"params": meta_params}, *_see(config, tensor), memory)
-        return _update_rule(config, readout, tensor), updated
+    def update_tensor(tensor: _Coordinates, memory: tuple[Memory, ...], situation, pace):
+        own, shared = _see(config, tensor)
+        readout, updated = lstm.apply({"params": meta_params}, own, shared + situation, memory)
+        return pace * _update_rule(config, readout, tensor), updated
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -163,7 +178,9 @@ def init_meta_params(config: MetaOptimizerConfig, key: Key) -> MetaParams:
     tensor = _Coordinates(w, w, w, w, features.layer_positions({"w": w})[0])
     memory = tuple(Memory(jnp.zeros((1, 1, n)), jnp.zeros((1, 1, n))) for n in config.hidden)
     lstm = LSTM(config.hidden, _outputs(config))
-    return lstm.init(key, *_see(config, tensor), memory)["params"]
+    own, shared = _see(config, tensor)
+    shared += _situation(config, Aim(), jnp.zeros([], jnp.int32))
+    return lstm.init(key, own, shared, memory)["params"]
 
 
 def check_meta_params(meta_params: MetaParams, config: MetaOptimizerConfig) -> None:
@@ -180,12 +197,20 @@ def check_meta_params(meta_params: MetaParams, config: MetaOptimizerConfig) -> N
             )
 
 
-def _adam(config: MetaOptimizerConfig, state: ScaleByMetaOptimizerState, gradient: optax.Updates):
+def _adam(
+    config: MetaOptimizerConfig,
+    state: ScaleByMetaOptimizerState,
+    gradient: optax.Updates,
+    params: Params | None,
+):
     """Adam's moments, its direction and the gradient in the same units (algorithm 1)."""
     if "adam" not in config.features:
         return None, None, None, None
-    mu = jax.tree.map(lambda m, g: B1 * m + (1 - B1) * g, state.mu, gradient)
-    nu = jax.tree.map(lambda v, g: B2 * v + (1 - B2) * jnp.square(g), state.nu, gradient)
+    regularised = gradient
+    if config.regularisation:
+        regularised = jax.tree.map(lambda g, p: g + config.regularisation * p, gradient, params)
+    mu = jax.tree.map(lambda m, g: B1 * m + (1 - B1) * g, state.mu, regularised)
+    nu = jax.tree.map(lambda v, g: B2 * v + (1 - B2) * jnp.square(g), state.nu, regularised)
     t = optax.safe_increment(state.count)
     scale = jax.tree.map(lambda v: 1 / (jnp.sqrt(v / (1 - B2**t)) + EPSILON), nu)
     direction = jax.tree.map(lambda m, s: m / (1 - B1**t) * s, mu, scale)
@@ -204,6 +229,24 @@ def _see(config: MetaOptimizerConfig, tensor: _Coordinates) -> tuple[Array, tupl
     if "layer" in config.features:
         shared = features.layer_features(tensor.parameter, tensor.position)
     return jnp.concatenate(own, axis=-1), shared
+
+
+def _situation(config: MetaOptimizerConfig, aim: Aim, count: Array) -> tuple[Array, ...]:
+    """The features that all coordinates share, as one array, if any are chosen."""
+    chosen = []
+    if "aim" in config.features:
+        chosen.append(features.aim_features(aim))
+    if "time" in config.features:
+        chosen.append(features.time_features(aim, count))
+    return (jnp.concatenate(chosen),) if chosen else ()
+
+
+def _pace(config: MetaOptimizerConfig, aim: Aim, count: Array) -> Array:
+    """eta_t / eta: a half cosine over the horizon, 1/3 where it is not known; 1 without time."""
+    if "time" not in config.features:
+        return jnp.ones([])
+    _, known, left = features.time_features(aim, count)
+    return jnp.where(known > 0, jnp.square(jnp.sin(0.5 * jnp.pi * left)), 1 / 3)
 
 
 def _outputs(config: MetaOptimizerConfig) -> int:

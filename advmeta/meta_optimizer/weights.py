@@ -47,6 +47,9 @@ def load_weights(
             k: tuple(v) if isinstance(v, list) else v for k, v in card["meta_optimizer"].items()
         }
         config = MetaOptimizerConfig(**fields)
+        # A default may be another one than when the weights were made.
+        if missing := dataclasses.asdict(config).keys() - fields.keys():
+            raise TypeError(f"it lacks {sorted(missing)}")
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path.with_suffix('.json')} has no 'meta_optimizer' that is a "

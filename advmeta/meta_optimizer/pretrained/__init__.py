@@ -2,11 +2,13 @@
 
 import os
 import pathlib
+import warnings
 from typing import Any
 
 import optax
 
 from advmeta.imports import import_function, is_import_name
+from advmeta.meta_optimizer.features import Aim
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
 from advmeta.meta_optimizer.weights import load_weights
 
@@ -25,15 +27,20 @@ def list_pretrained() -> list[str]:
 
 def load_meta_optimizer(
     name_or_path: str | os.PathLike[str],
+    aim: Aim = Aim(),
 ) -> optax.GradientTransformationExtraArgs:
     """A meta-trained optimizer, ready to use: it needs no learning rate.
 
     Args:
       name_or_path: one of `list_pretrained`; a .safetensors file with its card beside it; or
         module:function, () -> an optax transformation of one's own.
+      aim: norm, epsilon and horizon, which those with the features "aim" and "time" look at.
 
     Raises:
       ValueError: an unknown name, or a file that `load_weights` refuses.
+
+    Warns:
+      UserWarning: the aim is not one that the meta-optimizer was trained for.
 
     Example:
       >>> optimizer = advmeta.load_meta_optimizer("digits-linf")
@@ -45,8 +52,10 @@ def load_meta_optimizer(
     """
     if is_import_name(str(name_or_path)):
         return import_function(str(name_or_path), "weights")()
-    meta_params, config, _ = load_weights(_path(name_or_path))
-    return scale_by_meta_optimizer(meta_params, config)
+    meta_params, config, card = load_weights(_path(name_or_path))
+    for note in outside_of(card, name_or_path, aim):
+        warnings.warn(note, stacklevel=2)
+    return scale_by_meta_optimizer(meta_params, config, aim)
 
 
 def load_card(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -61,6 +70,39 @@ def load_card(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     _, _, card = load_weights(_path(name_or_path))
     return card
+
+
+def outside_of(card: dict[str, Any], name: object, aim: Aim) -> list[str]:
+    """What a user should know whose aim a meta-optimizer was not trained for.
+
+    Args:
+      card: as from `load_card`; one without "training" says nothing.
+      name: of the meta-optimizer, for people.
+      aim: where it is traced it cannot be looked at.
+    """
+    if "training" not in card:
+        return []
+    notes, longest = [], card["training"]["horizon"][1]
+    if isinstance(aim.epsilon, (int, float)):
+        balls = [_radii(task) for task in card["training"]["tasks"]]
+        if not any(
+            norm == aim.norm and 0.999 * low <= aim.epsilon <= 1.001 * high
+            for norm, low, high in balls
+        ):
+            known = ", ".join(
+                f"{norm} {low:g}" if low == high else f"{norm} {low:g} to {high:g}"
+                for norm, low, high in sorted(set(balls))
+            )
+            notes.append(f"{name} was trained for {known} alone")
+    if isinstance(aim.horizon, int) and aim.horizon > longest:
+        notes.append(f"{name} was trained for at most {longest} steps")
+    return notes
+
+
+def _radii(task: dict[str, Any]) -> tuple[str, float, float]:
+    """The norm of a `TaskConfig` in JSON, and its smallest and largest epsilon."""
+    factor = task.get("variation", {}).get("epsilon", 1.0)
+    return task["norm"], task["epsilon"] / factor, task["epsilon"] * factor
 
 
 def _path(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
