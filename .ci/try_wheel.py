@@ -23,8 +23,8 @@ NEEDED = {
     "advmeta/py.typed",
     "advmeta/data/fashion_small.npz",
     "advmeta/data/fashion_small.LICENSE",
-    "advmeta/meta_optimizer/pretrained/digits-linf.json",
-    "advmeta/meta_optimizer/pretrained/digits-linf.safetensors",
+    "advmeta/meta_optimizer/pretrained/mixture.json",
+    "advmeta/meta_optimizer/pretrained/mixture.safetensors",
     "advmeta/report/page.css",
 }
 
@@ -39,11 +39,11 @@ def main() -> None:
     assert len(advmeta.data.load("fashion_small").test.y) == 1000
     assert say("--version").startswith("advmeta ")
     assert "meta-train" in say("--help")
-    assert advmeta.list_pretrained() == ["digits-linf"]
+    assert advmeta.list_pretrained() == ["mixture"]
     data = advmeta.data.load("digits")
     optimizee = advmeta.optimizees.linear()
     task = advmeta.Task(data.train, data.test, advmeta.ThreatModel("linf", 0.1), optimizee)
-    optimizer = optax.chain(optax.clip(1.0), advmeta.load_meta_optimizer("digits-linf"))
+    optimizer = optax.chain(optax.clip(1.0), advmeta.load_meta_optimizer("mixture"))
     params, trajectory = advmeta.train(task, optimizer, jax.random.key(0), steps=50)
     assert trajectory.loss[-1] < trajectory.loss[0]
     advmeta.save_params("linear.safetensors", params)

@@ -55,7 +55,7 @@ class Evaluate(Resumable):
       weights: a name of advmeta.list_pretrained(), or a .safetensors file.
     """
 
-    weights: str = "digits-linf"
+    weights: str = "mixture"
     table: TransferConfig = TransferConfig(rows=tuple(ROWS), attack="autoattack")
 
 

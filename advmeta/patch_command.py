@@ -45,7 +45,7 @@ class Patch(Shared):
     optimizee: str | None = None
     data: str = "digits"
     examples: int | None = None
-    weights: str = "digits-linf"
+    weights: str = "mixture"
     steps: int | None = None
     norm: Norm = "linf"
     epsilon: float = 0.1

@@ -60,7 +60,7 @@ def patch(
     *,
     threat_model: ThreatModel,
     key: Key,
-    meta_optimizer: str | os.PathLike[str] | optax.GradientTransformation = "digits-linf",
+    meta_optimizer: str | os.PathLike[str] | optax.GradientTransformation = "mixture",
     steps: int | None = None,
     held_out: tuple[Array, Array] | None = None,
     max_clean_drop: float | None = None,

@@ -61,8 +61,8 @@ def msgpack():
     return flax.serialization.msgpack_serialize({"layer": {"kernel": np.ones((3, 2), np.float32)}})
 
 
-WEIGHTS = (PRETRAINED / "digits-linf.safetensors").read_bytes()
-CARD = (PRETRAINED / "digits-linf.json").read_bytes()
+WEIGHTS = (PRETRAINED / "mixture.safetensors").read_bytes()
+CARD = (PRETRAINED / "mixture.json").read_bytes()
 KINDS = {  # name of the file: its content, and who reads it
     "w.safetensors": (WEIGHTS, load_weights),
     "w.json": (CARD, lambda path: load_weights(path.with_suffix(".safetensors"))),

@@ -149,7 +149,7 @@ def test_flax_linen_nnx_haiku_and_plain_dicts_get_the_same_patch():
         name: {"w": layer["kernel"], "b": layer["bias"]}
         for name, layer in zip(names, plain.values(), strict=True)
     }
-    options = {"meta_optimizer": "digits-linf", "steps": 20}
+    options = {"meta_optimizer": "mixture", "steps": 20}
     expected, report = patch(plain, apply, **options)
     assert report.note == ""
     for params, apply in (
@@ -186,9 +186,10 @@ def test_a_use_that_training_did_not_cover_is_noted():
     ball = dataclasses.replace(BALL, epsilon=0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the note is enough
-        _, report = patch(meta_optimizer="digits-linf", steps=300, threat_model=ball)
-    assert "digits-linf was trained for linf 0.1 alone" in report.note
-    assert "digits-linf was trained for at most 200 steps" in report.note
+        _, report = patch(meta_optimizer="mixture", steps=301, threat_model=ball)
+    balls = "l2 0.25 to 1, linf 0.005 to 0.02, linf 0.05 to 0.2"
+    assert f"mixture was trained for {balls} alone" in report.note
+    assert "mixture was trained for at most 300 steps" in report.note
 
 
 def adam_model(task):

@@ -71,7 +71,7 @@ def test_the_first_cell_s_model_is_checked_with_the_table_s_attack(tmp_path, fak
     assert "FAIL" in capsys.readouterr().out
     assert "shattered" in (tmp_path / "report.html").read_text()
     card = json.loads((tmp_path / "card.json").read_text())
-    assert card["seed"] == 3 and card["weights"] == "digits-linf" and "jax" in card["versions"]
+    assert card["seed"] == 3 and card["weights"] == "mixture" and "jax" in card["versions"]
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 2])
@@ -118,9 +118,7 @@ def test_a_cell_is_the_same_whichever_cell_comes_first():
         return optax.sgd(0.1)
 
     whole = list(transfer_cells(config, make, key=jax.random.key(0)))
-    assert {(float(aim.epsilon), aim.norm, aim.horizon) for aim in aims} == {
-        (0.1, "linf", 3), (0.2, "linf", 3),
-    }  # fmt: skip
+    assert {(aim.norm, aim.horizon) for aim in aims} == {("linf", 3)}
     (alone,) = transfer_cells(config, make, key=jax.random.key(0), first=1)
 
     def timeless(records):

@@ -20,7 +20,7 @@ from advmeta.tasks import Task
 
 
 def test_choose_takes_the_best_point_that_belongs():
-    points = baselines.grid((0.1, 0.2), (0.0, 1.0), (0.0,))
+    points = baselines.grid((0.1, 0.2), (0.0, 1.0), (0.0,), (1.0,))
     # Points in order: (.1, 0), (.1, 1), (.2, 0), (.2, 1). The best without decay is the third.
     scores = jnp.array([0.3, 0.9, 0.4, 0.8])
     chosen = baselines.choose(points, scores, lambda point: point.weight_decay == 0)
@@ -47,7 +47,7 @@ def test_grids_hold_every_combination_and_rows_cover_them():
 @pytest.mark.parametrize("name", ["adam", "sgd", "adamw"])
 def test_weight_decay_of_each_baseline_is_its_textbook_one(name):
     """One step from theta = 2 with gradient 0.5, learning rate 0.1 and decay 0.3."""
-    point = baselines.Hyperparameters(0.1, 0.3, 0.0)
+    point = baselines.Hyperparameters(0.1, 0.3, 0.0, 1.0)
     optimizer, params = baselines.BASELINES[name].optimizer(point, 2), jnp.array([2.0])
     update, state = optimizer.update(jnp.array([0.5]), optimizer.init(params), params)
     # SGD: -0.1 (0.5 + 0.3 * 2). Adam's first step is -0.1 sign(g); AdamW adds -0.1 * 0.3 * 2.
@@ -59,11 +59,21 @@ def test_weight_decay_of_each_baseline_is_its_textbook_one(name):
     np.testing.assert_allclose(half, [0.5 * momentum * expected], rtol=1e-3)
     last, _ = optimizer.update(jnp.array([0.5]), state, params)
     np.testing.assert_allclose(last, [0.0], atol=1e-6)
+    # Where it is constant, the second step is as large as the first.
+    optimizer = baselines.BASELINES[name].optimizer(point._replace(annealed=0.0), 2)
+    _, state = optimizer.update(jnp.array([0.5]), optimizer.init(params), params)
+    second, _ = optimizer.update(jnp.array([0.5]), state, params)
+    np.testing.assert_allclose(second, [momentum * expected], rtol=1e-3)
 
 
 def test_unknown_rows_list_the_known_ones():
     with pytest.raises(ValueError, match=r"rows=\['mart'\] are unknown; .*'adam', .*'trades'"):
         transfer.TransferConfig(rows=("adam", "mart"))
+
+
+def tuned_adam(aim):
+    """In the place of the meta-optimizer: what tuning finds."""
+    return optax.adam(optax.cosine_decay_schedule(3e-2, aim.horizon))
 
 
 def mark(task, params, key, records):
@@ -75,7 +85,7 @@ def mark(task, params, key, records):
 def tiny_table():
     """A table of one cell on few examples, with a row of each kind and grids of a few points."""
     small = {
-        name: baseline._replace(grid=baselines.grid((1e-3, 3e-2), (0.0,), (0.0, 1.0)))
+        name: baseline._replace(grid=baselines.grid((1e-3, 3e-2), (0.0,), (0.0, 1.0), (1.0,)))
         for name, baseline in baselines.BASELINES.items()
     }
     config = transfer.TransferConfig(
@@ -89,7 +99,7 @@ def tiny_table():
         patch.setattr(transfer, "BASELINES", small)
         messages, kept = [], []
         ((records, curves),) = transfer.transfer_cells(
-            config, lambda aim: optax.adam(3e-2), key=jax.random.key(0), report=messages.append,
+            config, tuned_adam, key=jax.random.key(0), report=messages.append,
             keep=lambda *trained: kept.append(trained),
         )  # fmt: skip
     assert transfer.judge._cache_size() == 0  # else the maps of many cells' programs add up

@@ -93,16 +93,17 @@ def test_a_bad_card_is_refused(saved, card, message):
 
 
 def test_an_aim_that_training_did_not_cover_is_warned_of():
+    balls = "l2 0.25 to 1, linf 0.005 to 0.02, linf 0.05 to 0.2"
     cases = {
         advmeta.Aim(0.1, "linf", 200): None,
-        advmeta.Aim(0.2): "digits-linf was trained for linf 0.1 alone",
-        advmeta.Aim(0.1, "l2"): "digits-linf was trained for linf 0.1 alone",
-        advmeta.Aim(horizon=201): "digits-linf was trained for at most 200 steps",
+        advmeta.Aim(0.3): f"mixture was trained for {balls} alone",
+        advmeta.Aim(0.1, "l2"): f"mixture was trained for {balls} alone",
+        advmeta.Aim(horizon=301): "mixture was trained for at most 300 steps",
     }
     for aim, message in cases.items():
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            advmeta.load_meta_optimizer("digits-linf", aim)
+            advmeta.load_meta_optimizer("mixture", aim)
         assert [str(warning.message) for warning in seen] == ([message] if message else [])
     # A family whose epsilon varies by a factor covers what is between; traced ones are not seen.
     task = {"norm": "linf", "epsilon": 0.1, "variation": {"epsilon": 2.0}}
@@ -116,7 +117,7 @@ def test_an_aim_that_training_did_not_cover_is_warned_of():
 
 
 def test_unknown_names_list_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"'imagenet' is unknown.*digits-linf"):
+    with pytest.raises(ValueError, match=r"'imagenet' is unknown.*mixture"):
         advmeta.load_meta_optimizer("imagenet")
     with pytest.raises(ValueError, match="no card"):
         advmeta.load_meta_optimizer(tmp_path / "missing.safetensors")

@@ -19,9 +19,10 @@ from advmeta.types import Array, Key, Params
 class Hyperparameters(NamedTuple):
     """What is tuned; arrays [g], one entry a point of the grid, or scalars of one point."""
 
-    learning_rate: Array  # at the start; it follows a half cosine to zero
+    learning_rate: Array
     weight_decay: Array
     noise: Array  # standard deviation of Gaussian input noise, in units of epsilon
+    annealed: Array  # 1: the learning rate follows a half cosine to zero; 0: it is constant
 
 
 class Baseline(NamedTuple):
@@ -80,8 +81,8 @@ def adamw(point: Hyperparameters, steps: int) -> optax.GradientTransformation:
 
 
 def _schedule(point: Hyperparameters, steps: int) -> optax.Schedule:
-    """A rate that falls: for 200 steps its best is level with the best constant one or above."""
-    return optax.cosine_decay_schedule(point.learning_rate, steps)
+    falling = optax.cosine_decay_schedule(1.0, steps)
+    return lambda count: point.learning_rate * jnp.where(point.annealed, falling(count), 1.0)
 
 
 def one_of(
@@ -123,7 +124,7 @@ _NOISE = (0.0, 2.0)
 
 
 def grid(*axes: tuple[float, ...]) -> Hyperparameters:
-    """All combinations of the values of (learning rate, weight decay, noise), [g] each."""
+    """All combinations of the values of each hyperparameter, [g] each."""
     points = np.array(list(itertools.product(*axes)), np.float32)
     return Hyperparameters(*points.T)
 
@@ -131,11 +132,14 @@ def grid(*axes: tuple[float, ...]) -> Hyperparameters:
 _ROBUST_RECIPES = ("adversarial", "trades", "fgsm-rs", "free", "yopo", "vat")
 
 BASELINES = {
-    "adam": Baseline(adam, "clean", grid(_ADAM_RATES, _L2, _NOISE)),
-    "sgd": Baseline(sgd, "clean", grid(_SGD_RATES, _L2, _NOISE)),
-    "adamw": Baseline(adamw, "clean", grid(_ADAM_RATES, _DECAY, _NOISE)),
+    # On clean gradients the best falling rate was level with the best constant one or above.
+    "adam": Baseline(adam, "clean", grid(_ADAM_RATES, _L2, _NOISE, (1.0,))),
+    "sgd": Baseline(sgd, "clean", grid(_SGD_RATES, _L2, _NOISE, (1.0,))),
+    "adamw": Baseline(adamw, "clean", grid(_ADAM_RATES, _DECAY, _NOISE, (1.0,))),
     **{
-        recipe: Baseline(adam, recipe, grid(_ADAM_RATES, (0.0,), (0.0,)), repeats=2)
+        # On Fashion-MNIST adversarial training did better at each constant rate than along a half
+        # cosine. It is unsteady on so small models: the choice needs more of them.
+        recipe: Baseline(adam, recipe, grid(_ADAM_RATES, (0.0,), (0.0,), (0.0,)), repeats=4)
         for recipe in _ROBUST_RECIPES
     },
 }

@@ -20,7 +20,7 @@ def list_pretrained() -> list[str]:
 
     Example:
       >>> advmeta.list_pretrained()
-      ['digits-linf']
+      ['mixture']
     """
     return sorted(path.stem for path in _FOLDER.glob("*.safetensors"))
 
@@ -43,7 +43,7 @@ def load_meta_optimizer(
       UserWarning: the aim is not one that the meta-optimizer was trained for.
 
     Example:
-      >>> optimizer = advmeta.load_meta_optimizer("digits-linf")
+      >>> optimizer = advmeta.load_meta_optimizer("mixture")
       >>> params = {"kernel": jnp.ones((64, 10)), "bias": jnp.zeros(10)}
       >>> state = optimizer.init(params)
       >>> step = jax.jit(optimizer.update)
@@ -65,8 +65,8 @@ def load_card(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Example:
       >>> from advmeta.meta_optimizer.pretrained import load_card
-      >>> load_card("digits-linf")["training"]["horizon"]
-      [60, 200]
+      >>> load_card("mixture")["training"]["horizon"]
+      [60, 300]
     """
     _, _, card = load_weights(_path(name_or_path))
     return card
