@@ -46,7 +46,7 @@ class MetaTrainingConfig:
     meta_optimizer: MetaOptimizerConfig = MetaOptimizerConfig()
     meta_loss: MetaLossConfig = MetaLossConfig()
     inner_gradient: str = "clean"
-    outer_steps: int = 400
+    outer_steps: int = 150
     lanes: int = 4
     truncation: int = 20
     horizon: tuple[int, int] = (60, 200)
