@@ -162,7 +162,7 @@ class TaskConfig:
         check_batch_size(self.batch_size, self.train_examples)
         if len(set(self.classes)) != len(self.classes) or len(self.classes) == 1:
             raise ValueError(f"classes={self.classes} must be two labels or more, none twice")
-        if min(self.crop or 1, self.side or 1) < 1:
+        if any(pixels is not None and pixels < 1 for pixels in (self.crop, self.side)):
             raise ValueError(f"crop={self.crop}, side={self.side}: both are pixels, at least 1")
 
     def build(self) -> TaskFamily:

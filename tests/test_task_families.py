@@ -160,7 +160,7 @@ def test_bad_variation(kwargs, message):
 
 
 def test_classes_are_kept_and_numbered_anew():
-    family = TaskConfig(classes=(7, 3, 8), train_examples=100).build()
+    family = TaskConfig(classes=(7, 3, 8), train_examples=100, batch_size=32).build()
     digits = advmeta.data.load("digits").train
     for place, label in enumerate((7, 3, 8)):
         expected = digits.x[np.asarray(digits.y) == label]

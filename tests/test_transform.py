@@ -417,7 +417,7 @@ def test_no_gradient_flows_through_the_gradients():
     @jax.jit
     @jax.grad
     def sensitivity(gradient):
-        updates, _ = optimizer.update(gradient, optimizer.init(PARAMS))
+        updates, _ = optimizer.update(gradient, optimizer.init(PARAMS), PARAMS)
         return sum(u.sum() for u in jax.tree.leaves(updates))
 
     assert_equal(sensitivity(at(GRADIENTS_T, 0)), jax.tree.map(np.zeros_like, PARAMS))
