@@ -5,16 +5,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.tree_util import Partial
 
-from advmeta.attacks.projected_gradient import pgd
+from advmeta.attacks.losses import margin
+from advmeta.attacks.projected_gradient import Loss, cross_entropy, pgd
 from advmeta.inner_gradients import attacked
 from advmeta.notebook import html_table
 from advmeta.tasks import Task, draw
 from advmeta.types import Array, Batch, Key, Params
-
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 def calibrated(logits: Array, labels: Array) -> Array:
@@ -42,8 +40,13 @@ def calibrated(logits: Array, labels: Array) -> Array:
     return cross_entropy(jnp.exp((low + high) / 2) * unit * logits, labels)
 
 
+def error(logits: Array, labels: Array) -> Array:
+    """1 where the label has not the largest logit, else 0. [n]; it has no gradient."""
+    return jnp.float32(logits.argmax(axis=-1) != labels)
+
+
 # (logits [n, k], labels [n]) -> [n]
-LOSSES = {"cross_entropy": cross_entropy, "calibrated": calibrated}
+LOSSES = {"cross_entropy": cross_entropy, "calibrated": calibrated, "error": error}
 
 
 class HeldOutLoss(NamedTuple):
@@ -65,15 +68,22 @@ class Accuracy(NamedTuple):
 
 
 def held_out_loss(
-    task: Task, params: Params, key: Key, *, attack_steps: int, loss: str = "cross_entropy"
+    task: Task,
+    params: Params,
+    key: Key,
+    *,
+    attack_steps: int,
+    loss: str = "cross_entropy",
+    examples: int = 128,
 ) -> HeldOutLoss:
     """Draws a batch and attacks it with PGD; the attack itself is not differentiated through.
 
-    ``loss`` is one of `LOSSES`; the attack's is the cross-entropy always.
+    ``loss`` is one of `LOSSES`. The attack's is the margin, whatever the loss: it finds more where
+    logits are small, as those of strongly regularised models are.
     """
     draw_key, attack_key = jax.random.split(key)
-    batch = draw(task.held_out, draw_key, task.batch_size)
-    moved = attacked(task, params, batch, attack_key, attack_steps)
+    batch = draw(task.held_out, draw_key, examples)
+    moved = attacked(task, params, batch, attack_key, attack_steps, margin)
 
     def mean(batch: Batch) -> Array:
         return LOSSES[loss](task.optimizee.apply(params, batch.x), batch.y).mean()
@@ -82,14 +92,23 @@ def held_out_loss(
 
 
 def held_out_accuracy(
-    task: Task, params: Params, key: Key, *, attack_steps: int = 40, restarts: int = 3
+    task: Task,
+    params: Params,
+    key: Key,
+    *,
+    attack_steps: int = 40,
+    restarts: int = 3,
+    loss: Loss = cross_entropy,
 ) -> Accuracy:
-    """Clean accuracy, and robust accuracy under PGD, the worst restart for each example."""
+    """Clean accuracy, and robust accuracy under PGD, the worst restart for each example.
+
+    ``loss`` is what the attack raises.
+    """
     logits_fn = Partial(task.optimizee.apply, params)
     x, y = task.held_out
     correct = logits_fn(x).argmax(axis=-1) == y
     result = pgd(
         logits_fn, x, y, threat_model=task.threat_model, key=key,
-        steps=attack_steps, restarts=restarts,
+        steps=attack_steps, restarts=restarts, loss=loss,
     )  # fmt: skip
     return Accuracy(correct.mean(), (correct & ~result.is_adversarial).mean())

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from advmeta import inner_gradients
+from advmeta.attacks.losses import margin
 from advmeta.attacks.validation import check_attack_inputs
 from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
@@ -197,7 +198,7 @@ def evaluate(
         aim = aim_at(task.threat_model, steps)
         optimizer = scale_by_meta_optimizer(meta_params, config.meta_optimizer, aim)
         params, _ = train(task, optimizer, train_key, steps=steps, inner_gradient=inner_gradient)
-        return held_out_accuracy(task, params, attack_key, attack_steps=20, restarts=1)
+        return held_out_accuracy(task, params, attack_key, attack_steps=20, restarts=1, loss=margin)
 
     keys = jax.random.split(key, repeats)
     results = [jax.vmap(functools.partial(run, family))(keys) for family in families]

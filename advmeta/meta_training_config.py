@@ -25,8 +25,9 @@ class MetaTrainingConfig:
       horizon: shortest and longest episode, in inner steps; each is drawn from the multiples of
         the truncation between them.
       horizon_known: share of the episodes that the feature "time" knows the horizon of.
-      estimator: of the meta-gradient: "backpropagation" through one truncation, or "pes",
-        persistent evolution strategies, which is without bias and noisier: for long horizons.
+      estimator: of the meta-gradient: "pes", persistent evolution strategies, which counts all that
+        an update does to the rest of its episode; or "backpropagation" through one truncation,
+        which is less noisy and counts what is left when gradients are given.
       sigma: standard deviation of the perturbations of "pes".
       learning_rate: of the outer Adam, at its start; it follows a cosine to zero.
       clip: global norm that meta-gradients are clipped to.
@@ -46,17 +47,17 @@ class MetaTrainingConfig:
     meta_optimizer: MetaOptimizerConfig = MetaOptimizerConfig()
     meta_loss: MetaLossConfig = MetaLossConfig()
     inner_gradient: str = "clean"
-    outer_steps: int = 150
+    outer_steps: int = 100
     lanes: int = 4
-    truncation: int = 20
-    horizon: tuple[int, int] = (60, 200)
+    truncation: int = 100
+    horizon: tuple[int, int] = (100, 200)
     horizon_known: float = 0.75
-    estimator: Literal["backpropagation", "pes"] = "backpropagation"
-    sigma: float = 0.01
-    learning_rate: float = 3e-3
+    estimator: Literal["pes", "backpropagation"] = "pes"
+    sigma: float = 0.07
+    learning_rate: float = 1e-2
     clip: float = 1.0
     average: float = 0.98
-    evaluate_every: int = 50
+    evaluate_every: int = 20
 
     def __post_init__(self) -> None:
         inner_gradients.by_name(self.inner_gradient)
@@ -73,6 +74,15 @@ class MetaTrainingConfig:
             raise ValueError(f"horizon={self.horizon} must be (shortest, longest), both positive")
         if not self.tasks or not self.selection:
             raise ValueError("tasks and selection must each hold at least one TaskConfig")
+        if self.truncation % (self.meta_loss.every or 1):
+            raise ValueError(
+                f"meta_loss.every={self.meta_loss.every} must divide truncation={self.truncation}"
+            )
+        if self.meta_loss.loss == "error" and self.estimator == "backpropagation":
+            raise ValueError(
+                "meta_loss.loss='error' has no gradient, which estimator='backpropagation' needs: "
+                "write loss='calibrated', or estimator='pes'"
+            )
         if self.estimator not in ("backpropagation", "pes") or not self.sigma > 0:
             raise ValueError(
                 f"estimator={self.estimator!r} must be 'backpropagation' or 'pes', and "

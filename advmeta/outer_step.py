@@ -167,6 +167,7 @@ def run_truncation(
     task_key, _, episode_key = jax.random.split(lane.key, 3)
     task = family.sample(task_key)
     aim = aim_at(task.threat_model, _told_horizon(config, lane))
+    every = config.meta_loss.every or config.truncation
     inner, trajectory = unroll(
         task,
         scale_by_meta_optimizer(meta_params, config.meta_optimizer, aim),
@@ -179,9 +180,12 @@ def run_truncation(
             task,
             attack_steps=config.meta_loss.attack_steps,
             loss=config.meta_loss.loss,
+            examples=config.meta_loss.examples,
         ),
+        every=every,
     )
-    progress = (lane.inner.step + 1 + jnp.arange(config.truncation)) / lane.horizon
+    looks = lane.inner.step + every * (1 + jnp.arange(config.truncation // every))
+    progress = looks / lane.horizon
     return meta_loss(config.meta_loss, trajectory, progress), lane._replace(inner=inner)
 
 

@@ -41,7 +41,7 @@ class Trajectory(NamedTuple):
 
     loss: Array  # the loss whose gradient was taken, before the update
     gradient_norm: Array  # global l2 norm of that gradient
-    evaluation: PyTree  # what `evaluate` gave after the update; None without it
+    evaluation: PyTree  # what `evaluate` gave, [steps / every]; None without it
 
 
 def init_inner(
@@ -74,6 +74,7 @@ def unroll(
     steps: int,
     inner_gradient: InnerGradient = clean,
     evaluate: Evaluate | None = None,
+    every: int = 1,
 ) -> tuple[InnerState, Trajectory]:
     """Takes inner steps: gradient, update, apply.
 
@@ -90,13 +91,15 @@ def unroll(
       key: of the episode.
       steps: inner steps to take.
       inner_gradient: one of `advmeta.inner_gradients`.
-      evaluate: (params, key) -> anything, called after each update.
+      evaluate: (params, key) -> anything, called after the last update of every few.
+      every: how many these are; it divides ``steps``.
 
     Returns:
       The state after the last step, and the `Trajectory`.
 
     Raises:
-      ValueError: the inner gradient remembers something, and the state was made for another one.
+      ValueError: ``every`` does not divide ``steps``; the inner gradient remembers something, and
+        the state was made for another one.
 
     Example:
       >>> digits = advmeta.data.load("digits")
@@ -109,18 +112,18 @@ def unroll(
     """
     inner_gradient = stateful(inner_gradient)
     _check_gradient_state(task, inner_gradient, state)
+    if steps % every:
+        raise ValueError(f"every={every} must divide steps={steps}")
 
-    def step(state: InnerState, keys: Key):
-        gradient_key, evaluation_key = keys
+    def step(state: InnerState, gradient_key: Key):
         loss, gradient, gradient_state = inner_gradient.apply(
             task, state.params, gradient_key, state.gradient_state
         )
         gradient = checkpoint_name(gradient, CONSTANT)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        evaluation = evaluate(params, evaluation_key) if evaluate else None
-        info = Trajectory(loss, optax.tree.norm(gradient), evaluation)
-        return InnerState(params, opt_state, state.step + 1, gradient_state), info
+        norm = optax.tree.norm(gradient)
+        return InnerState(params, opt_state, state.step + 1, gradient_state), (loss, norm)
 
     # Recomputing a step in the backward pass is faster than storing what the LSTM did in it: the
     # activations of a truncation are bound by memory. What nothing differentiates through, the
@@ -128,8 +131,16 @@ def unroll(
     keep = jax.checkpoint_policies.save_only_these_names(CONSTANT)
     # All keys at once: hashing them one by one is a good part of what the loop would do.
     step_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(state.step + jnp.arange(steps))
-    step_keys = jax.vmap(jax.random.split)(step_keys)
-    return jax.lax.scan(jax.checkpoint(step, policy=keep), state, step_keys)
+    step_keys = jax.vmap(jax.random.split)(step_keys).reshape(steps // every, every, 2)
+
+    def steps_and_look(state: InnerState, keys: Key):
+        state, infos = jax.lax.scan(jax.checkpoint(step, policy=keep), state, keys[:, 0])
+        look = jax.checkpoint(evaluate, policy=keep) if evaluate else lambda params, key: None
+        return state, (infos, look(state.params, keys[-1, 1]))
+
+    state, (infos, evaluation) = jax.lax.scan(steps_and_look, state, step_keys)
+    loss, norm = (info.reshape(steps) for info in infos)
+    return state, Trajectory(loss, norm, evaluation)
 
 
 def _check_gradient_state(task: Task, inner_gradient: StatefulGradient, state: InnerState) -> None:

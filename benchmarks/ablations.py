@@ -15,7 +15,6 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 
 from advmeta import MetaTrainingConfig, TaskConfig, meta_train
 from advmeta.meta_loss import MetaLossConfig
@@ -53,10 +52,9 @@ ROWS = {
 
 
 def untrained(config: MetaTrainingConfig) -> dict:
-    """The nominal rule: a readout of zero."""
+    """The nominal rule, which fresh meta-parameters are."""
     key = jax.random.key(0)
     phi = init_meta_params(config.meta_optimizer, key)
-    phi["readout"] = jax.tree.map(jnp.zeros_like, phi["readout"])
     selection_key = jax.random.split(key, 3)[2]  # as `meta_train` splits it
     found = evaluate(config, tuple(t.build() for t in config.selection), phi, selection_key)
     return {"robust_accuracy": [float(found.robust)], "clean_accuracy": [float(found.clean)]}

@@ -26,6 +26,7 @@ from rich.table import Table
 import advmeta
 from advmeta import outer_step
 from advmeta.inner_gradients import mean_cross_entropy
+from advmeta.meta_loss import MetaLossConfig
 from advmeta.meta_optimizer import MetaOptimizerConfig, init_meta_params, scale_by_meta_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.types import Batch
@@ -62,7 +63,10 @@ def advmeta_truncation(config: MetaOptimizerConfig, problem: advmeta.Task, steps
 
 def advmeta_as_trained(problem: advmeta.Task, steps: int):
     """The same by what `advmeta.meta_training` runs for each lane: held-out examples, attacked."""
-    config = MetaTrainingConfig(truncation=steps, horizon=(steps, steps))
+    meta_loss = MetaLossConfig(attack_steps=5, every=1, examples=128, loss="calibrated")
+    config = MetaTrainingConfig(
+        truncation=steps, horizon=(steps, steps), estimator="backpropagation", meta_loss=meta_loss
+    )
     train, held_out = problem.train, problem.held_out
     pool = Batch(jnp.concatenate([train.x, held_out.x]), jnp.concatenate([train.y, held_out.y]))
     family = advmeta.TaskFamily(

@@ -17,7 +17,6 @@ import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
@@ -130,10 +129,9 @@ def _table(config: TransferConfig, optimizer: MakeMetaOptimizer, folder: pathlib
 
 
 def untrained(aim: advmeta.Aim) -> optax.GradientTransformation:
-    """The nominal rule that meta-training starts from: the readout is zero."""
+    """The nominal rule that meta-training starts from."""
     config = advmeta.MetaOptimizerConfig()
     phi = advmeta.init_meta_params(config, jax.random.key(0))
-    phi["readout"] = jax.tree.map(jnp.zeros_like, phi["readout"])
     return advmeta.scale_by_meta_optimizer(phi, config, aim)
 
 

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from advmeta import optimizees
+from advmeta.meta_loss import MetaLossConfig
 from advmeta.meta_optimizer import MetaOptimizerConfig, scale_by_meta_optimizer
 from advmeta.meta_training import default_outer_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
@@ -20,7 +21,12 @@ from advmeta.sharding import check_mesh, on_every_device
 from advmeta.types import Optimizee
 
 CONFIG = MetaTrainingConfig(
-    meta_optimizer=MetaOptimizerConfig(hidden=(2,)), lanes=8, truncation=2, horizon=(4, 8)
+    meta_optimizer=MetaOptimizerConfig(hidden=(2,)),
+    lanes=8,
+    truncation=2,
+    horizon=(4, 8),
+    estimator="backpropagation",
+    meta_loss=MetaLossConfig(loss="calibrated", every=1),
 )
 KEY = jax.random.key(0)
 OUTER = default_outer_optimizer(CONFIG)

@@ -15,7 +15,7 @@ def test_round_trip_of_a_whole_command(tmp_path):
     training = MetaTrainingConfig(
         tasks=(TaskConfig(), TaskConfig(optimizee="linear", epsilon=0.05)),
         meta_optimizer=MetaOptimizerConfig(hidden=(8,), features=("adam",)),
-        horizon=(20, 40),
+        horizon=(200, 400),
     )
     run = cli.Run(seed=3, training=training, output=tmp_path / "out")
     (tmp_path / "config.json").write_text(config_files.to_json(run))
@@ -36,7 +36,7 @@ def test_what_is_left_out_keeps_its_default(tmp_path):
         ({"seed": True}, "seed must be of type int, not True"),
         ({"training": 3}, "training must be a JSON object"),
         ({"training": {"horizon": [20, 40, 60]}}, "horizon must have 2 entries"),
-        ({"training": {"horizon": [30, 200]}}, "truncation=20 must divide both ends"),
+        ({"training": {"horizon": [30, 200]}}, "truncation=100 must divide both ends"),
         ({"table": {"cells": [{"setting": "x"}]}}, r"lacks \['dataset', 'epsilon', 'optimizee'\]"),
         ({"training": {"tasks": [{"norm": "l7"}]}}, "norm must be one of .*, not 'l7'"),
     ],

@@ -19,6 +19,7 @@ from jax.tree_util import Partial
 import advmeta
 from advmeta import inner_gradients, optimizees
 from advmeta.evaluation.versions import attack_list
+from advmeta.meta_loss import MetaLossConfig
 from advmeta.meta_optimizer import MetaOptimizerConfig, scale_by_meta_optimizer
 from advmeta.meta_training import default_outer_optimizer, evaluate
 from advmeta.meta_training_config import MetaTrainingConfig
@@ -56,7 +57,7 @@ def test_the_check_finds_what_is_for_cpus_only(function, message):
 def test_meta_training(estimator):
     config = MetaTrainingConfig(
         meta_optimizer=MetaOptimizerConfig(hidden=(2,)), lanes=2, truncation=2, horizon=(4, 8),
-        estimator=estimator,
+        estimator=estimator, meta_loss=MetaLossConfig(loss="calibrated"),
     )  # fmt: skip
     outer_optimizer, families = default_outer_optimizer(config), (FAMILY,)
     initialize = functools.partial(init_outer, config, families, outer_optimizer)

@@ -35,9 +35,10 @@ def test_layer_features_of_a_kernel():
     # 2 / s, with s = sqrt(5).
     kernel = jnp.array([[1.0, -1.0], [3.0, 3.0]])
     position = features.LayerPosition(True, False, False, outputs=1, fan_in=2, fan_out=2)
-    tensor, row, column = features.layer_features(kernel, position)
+    tensor, row, column = features.layer_features(kernel, 7 * jnp.ones((2, 2)), position)
     log2, s = np.log(2) / 10, np.sqrt(5)
-    np.testing.assert_allclose(tensor, [1, 0, 0, log2, log2, np.log(s) / 10], atol=1e-6)
+    expected = [1, 0, 0, log2, log2, np.log(s) / 10, np.log(7) / 10]
+    np.testing.assert_allclose(tensor, expected, atol=1e-6)
     np.testing.assert_allclose(row, np.array([[[1 / s]], [[3 / s]]]), rtol=1e-5)
     np.testing.assert_allclose(column, np.array([[[2 / s], [2 / s]]]), rtol=1e-5)
 
@@ -47,7 +48,7 @@ def test_features_broadcast_to_tensors_of_any_rank(shape):
     parameter = jnp.ones(shape)
     (position,) = features.layer_positions([parameter])
     own = features.parameter_features(parameter), features.log_sign(parameter)
-    for feature in (*own, *features.layer_features(parameter, position)):
+    for feature in (*own, *features.layer_features(parameter, parameter, position)):
         assert np.broadcast_shapes(feature.shape[:-1], shape) == shape
         assert np.isfinite(feature).all()
 
@@ -55,9 +56,10 @@ def test_features_broadcast_to_tensors_of_any_rank(shape):
 def test_scale_of_a_tensor_shows_in_its_rms_alone():
     kernel = jnp.array([[0.5, -1.0, 2.0], [3.0, 1.0, -0.1]])
     (position,) = features.layer_positions([kernel])
-    small, large = (features.layer_features(c * kernel, position) for c in (1.0, 1000.0))
-    np.testing.assert_allclose(small[0][:-1], large[0][:-1])
-    assert large[0][-1] - small[0][-1] == pytest.approx(np.log(1000) / 10, rel=1e-4)
+    small, large = (features.layer_features(c * kernel, kernel, position) for c in (1.0, 1000.0))
+    expected = np.array(small[0])
+    expected[5] += np.log(1000) / 10
+    np.testing.assert_allclose(large[0], expected, rtol=1e-4)
     for a, b in zip(small[1:], large[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
     np.testing.assert_allclose(
@@ -122,8 +124,10 @@ def test_an_equinox_layer_is_seen_as_its_transpose():
         same_kernel, same_bias = features.layer_positions({"layer": Layer(eqx_kernel, bias)})
         assert same_kernel == kernel_position._replace(outputs=0)
         assert same_bias == bias_position
-    tensor, row, column = features.layer_features(eqx_kernel.T, kernel_position)
-    same_tensor, same_row, same_column = features.layer_features(eqx_kernel, same_kernel)
+    tensor, row, column = features.layer_features(eqx_kernel.T, eqx_kernel.T, kernel_position)
+    same_tensor, same_row, same_column = features.layer_features(
+        eqx_kernel, eqx_kernel, same_kernel
+    )
     np.testing.assert_allclose(same_tensor, tensor)
     np.testing.assert_allclose(same_row[..., 0], row[..., 0].T)
     np.testing.assert_allclose(same_column[..., 0], column[..., 0].T)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from fixtures.tiny import compile_fast as compile_fast
 
-from advmeta.meta_optimizer.lstm import LSTM, Memory
+from advmeta.meta_optimizer.lstm import LSTM, Linear, Memory
 
 RNG = np.random.default_rng(0)
 
@@ -55,15 +55,22 @@ def test_coordinates_do_not_see_each_other():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), shuffled, straight)
 
 
-def test_fresh_weights():
-    # The readout starts small: variance 0.01 / fan-in, and zero biases everywhere. |h| < 1, so its
-    # standard deviation is at most 0.1; five of them bound nearly every coordinate.
-    lstm = LSTM((20, 20), outputs=3)
-    memory = tuple(Memory(jnp.zeros((1, 20)), jnp.zeros((1, 20))) for _ in range(2))
-    variables = jax.jit(lstm.init)(jax.random.key(0), jnp.ones((1, 5)), (), memory)["params"]
-    kernel = np.asarray(variables["readout"]["kernel"])
-    assert kernel.shape == (20, 3)
-    # 60 normal numbers: the standard deviation of their standard deviation is 9 % of it.
-    assert abs(kernel.std() / np.sqrt(0.01 / 20) - 1) < 0.4
-    biases = [variables[name]["bias"] for name in ("readout", "own_0", "own_1")]
-    assert not any(np.any(bias) for bias in biases)
+def test_fresh_weights_read_out_nothing():
+    lstm = LSTM((4, 3), outputs=2)
+    memory = tuple(Memory(jnp.zeros((1, n)), jnp.zeros((1, n))) for n in (4, 3))
+    variables = jax.jit(lstm.init)(jax.random.key(0), jnp.ones((1, 5)), (), memory)
+    readout, updated = lstm.apply(variables, jnp.ones((1, 5)), (), memory)
+    np.testing.assert_array_equal(readout, np.zeros((1, 2)))
+    assert all(np.all(layer.h != 0) for layer in updated)  # but the memory is at work
+
+
+def test_the_linear_map():
+    # V s of each group, added up; nothing where nothing is shared, and zero before any training.
+    linear, shared = Linear(3), (normal(2), normal(5, 1, 4))
+    variables = random_params(linear, shared)
+    kernels = [variables["params"][f"shared_{group}"]["kernel"] for group in (0, 1)]
+    expected = shared[0] @ kernels[0] + shared[1] @ kernels[1]
+    np.testing.assert_allclose(linear.apply(variables, shared), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(linear.apply({"params": {}}, ()), np.zeros(3))
+    fresh = linear.init(jax.random.key(0), shared)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(fresh))

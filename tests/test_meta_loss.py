@@ -45,8 +45,10 @@ def test_infinite_loss_counts_as_the_cap():
         ({"adversarial_weight": -1.0}, "none may be negative"),
         ({"adversarial_weight": 0.0, "clean_weight": 0.0}, "one must be positive"),
         ({"attack_steps": 0}, "attack_steps=0 must be at least 1"),
-        ({"cap": 0.0}, "cap=0.0 positive"),
-        ({"cap": float("nan")}, "cap=nan positive"),
+        ({"every": 0}, "every=0 must be at least 1"),
+        ({"examples": 0}, "examples=0 must be at least 1"),
+        ({"cap": 0.0}, "cap=0.0 must be positive"),
+        ({"cap": float("nan")}, "cap=nan must be positive"),
         ({"lateness": -1.0}, "lateness=-1.0 not negative"),
     ],
 )

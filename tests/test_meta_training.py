@@ -29,8 +29,9 @@ from advmeta.types import Optimizee
 KEY = jax.random.key(0)
 CONFIG = MetaTrainingConfig(
     meta_optimizer=MetaOptimizerConfig(hidden=(2,)),
-    meta_loss=MetaLossConfig(attack_steps=1),
-    outer_steps=4, lanes=3, truncation=2, horizon=(4, 8), average=0.9, evaluate_every=1,
+    meta_loss=MetaLossConfig(attack_steps=1, loss="calibrated", every=1),
+    estimator="backpropagation", outer_steps=4, lanes=3, truncation=2, horizon=(4, 8),
+    average=0.9, evaluate_every=1,
 )  # fmt: skip
 OUTER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01))
 FAMILY = tiny_family(optimizees.mlp((3,), num_classes=3))
@@ -304,8 +305,10 @@ def test_outer_steps_are_compiled_once():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"truncation": 30}, r"truncation=30 must divide both ends of horizon=\(60, 200\)"),
-        ({"horizon": (50, 200)}, "truncation=20 must divide both ends"),
+        ({"truncation": 30}, r"truncation=30 must divide both ends of horizon=\(100, 200\)"),
+        ({"meta_loss": MetaLossConfig(every=30)}, "every=30 must divide truncation=100"),
+        ({"estimator": "backpropagation"}, "loss='error' has no gradient"),
+        ({"horizon": (50, 200)}, "truncation=100 must divide both ends"),
         ({"horizon": (200, 60)}, r"horizon=\(200, 60\) must be \(shortest, longest\)"),
         ({"horizon": (0, 60)}, "both positive"),
         ({"lanes": 0}, "lanes=0 must be at least 1"),
@@ -339,9 +342,9 @@ def test_meta_training_on_digits_makes_models_more_robust():
     task = TaskConfig(optimizee="mlp-10", train_examples=500, batch_size=64)
     config = MetaTrainingConfig(
         tasks=(task,), selection=(dataclasses.replace(task, optimizee="mlp-12"),),
-        meta_optimizer=MetaOptimizerConfig(hidden=(8,), learning_rate=0.006, shrinkage=0.01),
-        meta_loss=MetaLossConfig(clean_weight=0.5, attack_steps=3), outer_steps=90, lanes=4,
-        truncation=10, horizon=(20, 80), learning_rate=0.007, average=0.9, evaluate_every=90,
+        meta_optimizer=MetaOptimizerConfig(hidden=(8,), learning_rate=0.006, pull=0.1),
+        outer_steps=60, lanes=4, truncation=40, horizon=(40, 80), average=0.9,
+        evaluate_every=60,
     )  # fmt: skip
     families = tuple(task.build() for task in config.selection)
     untrained = init_meta_params(config.meta_optimizer, key)

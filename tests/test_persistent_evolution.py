@@ -10,6 +10,7 @@ from fixtures.tiny import compile_fast as compile_fast
 from fixtures.tiny import tiny_family
 
 from advmeta import optimizees, persistent_evolution
+from advmeta.meta_loss import MetaLossConfig
 from advmeta.meta_optimizer import MetaOptimizerConfig
 from advmeta.meta_training import default_outer_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
@@ -92,7 +93,7 @@ def test_backpropagation_sees_one_truncation_of_it(truncation):
 
 CONFIG = MetaTrainingConfig(
     meta_optimizer=MetaOptimizerConfig(hidden=(2,)), lanes=3, truncation=2, horizon=(4, 4),
-    estimator="pes", sigma=0.1,
+    meta_loss=MetaLossConfig(loss="calibrated"), sigma=0.1,
 )  # fmt: skip
 OUTER = default_outer_optimizer(CONFIG)
 FAMILY = tiny_family(optimizees.linear(num_classes=3))
@@ -111,7 +112,7 @@ def test_twins_part_in_an_episode_and_meet_where_the_next_one_starts():
         kernel, twin = (
             inner.params["layer_0"]["kernel"] for inner in (lane.inner, lane.persistent.twin)
         )
-        xi = lane.persistent.perturbation["readout"]["kernel"]
+        xi = lane.persistent.perturbation["lstm"]["readout"]["kernel"]
         for i, t in enumerate(lane.inner.step.tolist()):
             assert lane.persistent.twin.step[i] == t
             assert (t == 0) == np.array_equal(kernel[i], twin[i]) == (not np.any(xi[i]))

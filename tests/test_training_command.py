@@ -23,7 +23,7 @@ from advmeta.run_folder import open_folder
 TRAINING = {
     "tasks": [{"optimizee": "linear"}], "selection": [{"optimizee": "linear"}],
     "meta_optimizer": {"hidden": [4]}, "outer_steps": 6, "lanes": 2, "truncation": 2,
-    "horizon": [4, 8], "evaluate_every": 2,
+    "horizon": [4, 8], "evaluate_every": 2, "meta_loss": {"loss": "calibrated"},
 }  # fmt: skip
 
 

@@ -14,7 +14,14 @@ from fixtures.tiny import compile_fast as compile_fast
 from fixtures.tiny import random_like, random_meta_params
 from optax._src.base import NO_PARAMS_MSG
 
-from advmeta.meta_optimizer import FEATURES, Aim, MetaOptimizerConfig, scale_by_meta_optimizer
+from advmeta.meta_optimizer import (
+    FEATURES,
+    Aim,
+    MetaOptimizerConfig,
+    features,
+    jacobian,
+    scale_by_meta_optimizer,
+)
 
 STEPS = 4
 PARAMS = {"layer_0": {"bias": np.zeros(2, np.float32), "kernel": np.ones((3, 2), np.float32)}}
@@ -28,6 +35,7 @@ CONFIGS = {
     "log_sign": MetaOptimizerConfig((2,), ("log_sign",)),
     "adam": MetaOptimizerConfig((2,), ("adam",)),
     "parameter": MetaOptimizerConfig((2,), ("parameter",)),
+    "jacobian": MetaOptimizerConfig((2,), ("jacobian",)),
     "layer": MetaOptimizerConfig((2,), ("layer",)),
     "log_sign+adam": MetaOptimizerConfig((2,), ("log_sign", "adam")),
     "all": MetaOptimizerConfig((2, 3), FEATURES, regularisation=0.1),
@@ -299,8 +307,8 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_transform import GRADIENTS_T, OPTIMIZERS, at, make, reference, assert_close
 
-SPEC = {"bias": ("column",), "kernel": ("row", "column")}
-SHAPE = {"bias": (4,), "kernel": (8, 4)}
+SPEC = {"bias": ("column",), "kernel": ("row", "column"), "kernel_2": ("row", "column")}
+SHAPE = {"bias": (4,), "kernel": (8, 4), "kernel_2": (4, 2)}
 
 def check(state):
     found = 0
@@ -328,7 +336,7 @@ for axis_type in (AxisType.Auto, AxisType.Explicit):
             state = optimizer.init(params)
             assert check(state) >= 4
             updates, state = jax.jit(optimizer.update)(params, state, params)
-            assert check(state) >= 4 and check(updates) == 2
+            assert check(state) >= 4 and check(updates) == 3
             if axis_type == AxisType.Explicit:
                 types = jax.tree.map(jax.typeof, optimizer.init(params))
                 assert types == jax.tree.map(jax.typeof, state), name
@@ -364,31 +372,31 @@ def test_new_meta_params_are_an_argument_and_not_a_recompilation(name):
 @pytest.mark.parametrize(
     ("seen", "horizon", "paces"),
     [
-        (FEATURES[:4], 8, [1, 1, 1, 1]),  # which is not told the time
+        (FEATURES[:5], 8, [1, 1, 1, 1]),  # which is not told the time
         (FEATURES, None, [1 / 3] * 4),
         # sin^2(pi/2 (1 - t/2)) = 1, 1/2, 0, and nothing after the horizon.
         (FEATURES, 2, [1, 0.5, 0, 0]),
     ],
 )
-def test_a_readout_of_zero_is_adam_with_shrinkage(seen, horizon, paces):
-    # tanh 0 = 0 and exp 0 = 1: u = -eta_t m_hat / (sqrt(v_hat) + eps) - lambda_t rms tanh(theta /
-    # (0.3 rms)), of the gradient g + mu theta, without the last term where the leaf has one axis or
-    # none.
-    config = MetaOptimizerConfig((2,), seen, 0.02, regularisation=0.4, shrinkage=0.3)
-    meta_params = random_meta_params(config)
-    meta_params["readout"] = jax.tree.map(np.zeros_like, meta_params["readout"])
-    aim = Aim(horizon=horizon)
-    ours = compile_update(scale_by_meta_optimizer(meta_params, config, aim))
+def test_a_readout_of_zero_is_adam_with_the_pull(seen, horizon, paces):
+    # tanh 0 = 0 and exp 0 = 1: u = -eta_t (m_hat / (sqrt(v_hat) + eps) + nu rms / (rms + 4 eta) n),
+    # of the gradient g + mu theta, without the last term where the leaf has one axis or none.
+    config = MetaOptimizerConfig((2,), seen, 0.02, regularisation=0.4, pull=0.3)
+    meta_params = nominal(random_meta_params(config))
+    ours = compile_update(scale_by_meta_optimizer(meta_params, config, Aim(horizon=horizon)))
 
-    def shrinkage(theta):
+    def pulled(theta):
+        if np.ndim(theta) < 2:
+            return 0.0
         rms = np.sqrt(np.mean(np.square(theta)) + 1e-6)
-        return 0.3 * rms * np.tanh(theta / (0.3 * rms)) * (np.ndim(theta) >= 2)
+        (direction,) = jacobian.pull([theta], features.layer_positions([theta]))
+        return 0.02 * 0.3 * rms / (rms + 4 * 0.02) * direction
 
     adam = optax.chain(optax.add_decayed_weights(0.4), optax.adam(0.02))
 
     def update(gradient, state, params):
         updates, state = adam.update(gradient, state, params)
-        return jax.tree.map(lambda u, p: u - shrinkage(p), updates, params), state
+        return jax.tree.map(lambda u, p: u - pulled(p), updates, params), state
 
     expected = optax.GradientTransformation(adam.init, update)
     expected = [
@@ -398,9 +406,33 @@ def test_a_readout_of_zero_is_adam_with_shrinkage(seen, horizon, paces):
     assert_close(loop(ours)[0], expected, rtol=1e-5, atol=1e-7)
 
 
+def nominal(meta_params):
+    """The same without what the readout and the linear map add."""
+    zeros = jax.tree.map(np.zeros_like, meta_params)
+    lstm = {**meta_params["lstm"], "readout": zeros["lstm"]["readout"]}
+    return {**zeros, "lstm": lstm}
+
+
+def test_the_linear_map_is_a_factor_of_each_part():
+    # A bias has no pull, and with one constant feature, "is it a bias", V s is the row of V that
+    # belongs to it: Adam times exp(2 tanh a) of the gradient g + mu exp(2 tanh m) theta.
+    config = MetaOptimizerConfig((2,), ("adam", "layer"), 0.02, regularisation=0.4, shift=0.5)
+    meta_params = nominal(random_meta_params(config))
+    is_bias, (a, b, m) = 2, (0.3, -0.2, 0.7)
+    meta_params["linear"]["shared_0"]["kernel"][is_bias] = (a, b, m)
+    ours = compile_update(scale_by_meta_optimizer(meta_params, config))
+    adam = optax.chain(
+        optax.add_decayed_weights(0.4 * np.exp(2 * np.tanh(m))), optax.adam(1.0)
+    )  # fmt: skip
+    expected = [
+        0.02 * (np.exp(2 * np.tanh(a)) * u + 0.5 * np.tanh(b)) for u in biases(loop(adam)[0])
+    ]
+    assert_close(biases(loop(ours)[0]), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_updates_are_bounded_whatever_the_meta_params():
-    # |tanh| <= 1: |u| <= eta (shift + e^2 |direction|) + lambda e^2 rms; with "log_sign" alone
-    # that is eta * shift.
+    # |tanh| <= 1: |u| <= eta (shift + e^2 |direction| + e^2 nu |n|); with "log_sign" alone that is
+    # eta * shift.
     config = CONFIGS["log_sign"]
     meta_params = random_meta_params(config, scale=1e3)
     optimizer = compile_update(scale_by_meta_optimizer(meta_params, config))
@@ -425,7 +457,7 @@ def test_no_gradient_flows_through_the_gradients():
 
 def test_unknown_feature_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"\['loss'\] cannot be used.*'log_sign', 'adam', "
-                                         r"'parameter', 'layer'"):  # fmt: skip
+                                         r"'parameter', 'jacobian', 'layer'"):  # fmt: skip
         MetaOptimizerConfig(features=("adam", "loss"))
     with pytest.raises(ValueError, match="there must be at least one"):
         MetaOptimizerConfig(features=())
@@ -441,11 +473,11 @@ def test_weights_that_do_not_fit_are_named():
     config = CONFIGS["all"]
     meta_params = random_meta_params(config)
     wider = MetaOptimizerConfig((2, 4), FEATURES)
-    with pytest.raises(ValueError, match=r"\['own_1'\]\['bias'\] has shape \(12,\), but "
+    with pytest.raises(ValueError, match=r"\['lstm'\]\['own_1'\]\['bias'\] has shape \(12,\), but "
                                          r"the config needs \(16,\)"):  # fmt: skip
         scale_by_meta_optimizer(meta_params, wider)
-    del meta_params["readout"]["bias"]
-    with pytest.raises(ValueError, match=r"\['readout'\]\['bias'\] has shape None"):
+    del meta_params["lstm"]["readout"]["bias"]
+    with pytest.raises(ValueError, match=r"\['lstm'\]\['readout'\]\['bias'\] has shape None"):
         scale_by_meta_optimizer(meta_params, config)
     extra = random_meta_params(config) | {"more": np.zeros(3)}
     with pytest.raises(ValueError, match=r"\['more'\] has shape \(3,\).* needs None"):

@@ -13,7 +13,7 @@ import optax
 from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import Partial
 
-from advmeta.attacks.projected_gradient import pgd
+from advmeta.attacks.projected_gradient import Loss, cross_entropy, pgd
 from advmeta.attacks.threat_model import ThreatModel
 from advmeta.tasks import Task, draw
 from advmeta.types import Array, Batch, Key, Params, PyTree
@@ -49,11 +49,13 @@ def mean_cross_entropy(task: Task, params: Params, batch: Batch) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.y).mean()
 
 
-def attacked(task: Task, params: Params, batch: Batch, key: Key, steps: int) -> Batch:
+def attacked(
+    task: Task, params: Params, batch: Batch, key: Key, steps: int, loss: Loss = cross_entropy
+) -> Batch:
     """The batch with its inputs moved by PGD, one restart; nothing differentiates through it."""
     params, batch = jax.lax.stop_gradient((params, batch))
     logits_fn = Partial(task.optimizee.apply, params)
-    result = pgd(logits_fn, *batch, threat_model=task.threat_model, key=key, steps=steps)
+    result = pgd(logits_fn, *batch, threat_model=task.threat_model, key=key, steps=steps, loss=loss)
     return batch._replace(x=checkpoint_name(jax.lax.stop_gradient(result.x_adv), CONSTANT))
 
 

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from advmeta.types import Array, Norm, Params
 
-FEATURES = ("log_sign", "adam", "parameter", "layer", "aim", "time")
+FEATURES = ("log_sign", "adam", "parameter", "jacobian", "layer", "aim", "time")
 TYPICAL_EPSILON = {"linf": 0.1, "l2": 1.0}
 
 
@@ -43,6 +43,7 @@ class LayerPosition(NamedTuple):
     outputs: int  # the axis of the layer's outputs; the others are inputs and places
     fan_in: int
     fan_out: int
+    depth: int = 0  # of its layer, among those that have a kernel
 
 
 def log_sign(gradient: Array, p: float = 10.0) -> Array:
@@ -76,12 +77,13 @@ def parameter_features(parameter: Array) -> Array:
     return (parameter / root_mean_square(parameter))[..., None]
 
 
-def layer_features(parameter: Array, position: LayerPosition) -> tuple[Array, ...]:
+def layer_features(parameter: Array, gradient: Array, position: LayerPosition) -> tuple[Array, ...]:
     """What the coordinate's layer looks like, as three arrays that broadcast to it.
 
-    The tensor: first, last, bias, log fan-in, log fan-out, log RMS. The row (all weights of one
-    input) and the column (all weights of one output): mean |parameter| over RMS. A layer in the
-    middle is neither first nor last, and not a flag of its own: one that meta-training has never
+    The tensor: first, last, bias, log fan-in, log fan-out, log RMS, log RMS of its gradient. The
+    row (all weights of one input) and the column (all weights of one output): mean |parameter| over
+    RMS. A layer in the middle is neither first nor last, and not a flag of its own: one that
+    meta-training has never
     seen raised would feed untrained weights to the LSTM.
     """
     rms = root_mean_square(parameter)
@@ -95,7 +97,8 @@ def layer_features(parameter: Array, position: LayerPosition) -> tuple[Array, ..
         ],
         jnp.float32,
     )
-    tensor = jnp.append(tensor, jnp.log(rms) / 10)
+    scales = jnp.stack([rms, jnp.sqrt(jnp.square(gradient).mean() + 1e-12)])
+    tensor = jnp.concatenate([tensor, jnp.log(scales) / 10])
     size = jnp.abs(parameter) / rms
     if position.bias:
         row = column = size.mean()
@@ -163,6 +166,7 @@ def _position(
         outputs=outputs,
         fan_in=max(1, math.prod(shape) // max(1, fan_out)),
         fan_out=max(1, fan_out),
+        depth=kernels.index(parent) if parent in kernels else 0,
     )
 
 

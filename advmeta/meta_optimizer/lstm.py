@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from advmeta.types import Array
@@ -56,7 +55,23 @@ class LSTM(nn.Module):
             h = nn.sigmoid(o) * jnp.tanh(c)
             x = h
             updated.append(Memory(h, c))
-        # A small readout: before any meta-training the update is close to the nominal one.
-        initializer = jax.nn.initializers.variance_scaling(0.01, "fan_in", "normal")
-        readout = nn.Dense(self.outputs, kernel_init=initializer, name="readout")(x)
+        # Zero: before any meta-training the update is the nominal one.
+        zeros = nn.initializers.zeros
+        readout = nn.Dense(self.outputs, kernel_init=zeros, name="readout")(x)
         return readout, tuple(updated)
+
+
+class Linear(nn.Module):
+    """A linear map of what rows or tensors share, ``V s``; zero before any meta-training."""
+
+    outputs: int
+
+    @nn.compact
+    def __call__(self, shared: tuple[Array, ...]) -> Array:
+        """From arrays that broadcast to the coordinates, [..., f] each, to [..., outputs]."""
+        total = jnp.zeros(self.outputs)
+        for group, value in enumerate(shared):
+            dense = nn.Dense(self.outputs, False, kernel_init=nn.initializers.zeros,
+                             name=f"shared_{group}")  # fmt: skip
+            total += dense(value)
+        return total

@@ -12,13 +12,15 @@ from optax._src.base import NO_PARAMS_MSG  # optax's own words; not exported
 
 from advmeta.meta_optimizer import features
 from advmeta.meta_optimizer.features import Aim
-from advmeta.meta_optimizer.lstm import LSTM, Memory
+from advmeta.meta_optimizer.jacobian import pull
+from advmeta.meta_optimizer.lstm import LSTM, Linear, Memory
 from advmeta.types import Array, Key, MetaParams, Params, PyTree
 
 # Adam's constants (Kingma and Ba 2015, algorithm 1).
 B1, B2, EPSILON = 0.9, 0.999, 1e-8
-# Weights below this share of their tensor's RMS shrink in proportion, larger ones alike.
-SOFTNESS = 0.3
+# A tensor whose RMS is below so many of Adam's steps is pulled in proportion to it: without that a
+# model that has become small is pulled over zero and dies.
+SMALL = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,23 +30,24 @@ class MetaOptimizerConfig:
     Args:
       hidden: units of each LSTM layer.
       features: of `FEATURES`: "log_sign" (gradient), "adam" (normalised momentum and gradient),
-        "parameter" (in units of its tensor's RMS), "layer" (position, fan-in, fan-out, RMS, row
-        and column means), "aim" (norm and epsilon), "time" (steps taken and left). "parameter",
-        "layer" and regularisation need ``params`` in ``update``.
+        "parameter" (in units of its tensor's RMS), "jacobian" (`jacobian.pull`), "layer" (position,
+        fan-in, fan-out, RMS, RMS of the
+        gradient, row and column means), "aim" (norm and epsilon), "time" (steps taken
+        and left). "parameter", "jacobian", "layer" and regularisation need ``params`` in
+        ``update``.
       learning_rate: eta, the step of the nominal Adam that the LSTM modulates. With the feature
         "time" it falls to zero as a half cosine; a third of it where the horizon is not known.
-      regularisation: mu, the L2 regularisation that is a part of Adam's gradient.
-      shrinkage: lambda, by how much a step nominally shrinks a weight, in units of its tensor's
-        RMS; it falls with eta.
+      regularisation: mu, the nominal L2 regularisation that is a part of Adam's gradient.
+      pull: nu, the nominal step that makes the model's Jacobian smaller, in units of eta.
       shift: the largest step that the LSTM can take of its own, in units of eta.
     """
 
-    hidden: tuple[int, ...] = (20, 20)
+    hidden: tuple[int, ...] = (8,)
     features: tuple[str, ...] = features.FEATURES
-    learning_rate: float = 0.03
-    regularisation: float = 0.01
-    shrinkage: float = 0.025
-    shift: float = 3.0
+    learning_rate: float = 0.035
+    regularisation: float = 0.013
+    pull: float = 0.4
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.features if name not in features.FEATURES]
@@ -59,7 +62,7 @@ class MetaOptimizerConfig:
     @property
     def needs_params(self) -> bool:
         regularised = "adam" in self.features and self.regularisation != 0
-        return regularised or "parameter" in self.features or "layer" in self.features
+        return regularised or not {"parameter", "jacobian", "layer"}.isdisjoint(self.features)
 
 
 class ScaleByMetaOptimizerState(NamedTuple):
@@ -78,6 +81,7 @@ class _Coordinates(NamedTuple):
     direction: Any  # m_hat / (sqrt(v_hat) + eps): Adam's
     normalised: Any  # g / (sqrt(v_hat) + eps)
     parameter: Any
+    pull: Any  # towards a smaller Jacobian, of RMS 1
     position: features.LayerPosition
 
 
@@ -88,21 +92,23 @@ def scale_by_meta_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The update that a coordinate-wise LSTM makes of a gradient; it needs no learning rate.
 
-    ``a, b, c = LSTM_phi(features(g, theta))``  for each coordinate, and
+    ``a, b, c = LSTM_phi(features(g, theta)) + V_phi s``  for each coordinate, with s what rows and
+    tensors share, and
 
-    ``u = eta_t ( shift tanh(b) - exp(2 tanh(a)) m_hat / (sqrt(v_hat) + eps) )
-    - lambda_t exp(2 tanh(c)) rms tanh(theta / (0.3 rms))``
+    ``u = eta_t ( shift tanh(b) - exp(2 tanh(a)) m_hat / (sqrt(v_hat) + eps)
+    - nu exp(2 tanh(c)) rms / (rms + 4 eta) n )``
 
-    with rms that of theta's tensor, and m_hat and v_hat the moments of ``g + mu theta``.
+    where m_hat and v_hat are the moments of ``g + mu exp(2 tanh(v_phi s)) theta``, n is the
+    gradient, in units of its RMS, of the norm of the model's Jacobian without its activations
+    (`jacobian.gain`), and rms is that of theta's tensor.
 
     Each term is there if the features show what it is made of: Adam's direction with "adam", the
-    shrinkage with "parameter". All three are bounded: a readout of zero is Adam with shrinkage,
-    and none can take it further than a fixed factor away.
+    pull with "jacobian". All are bounded: a readout of zero is Adam with L2 regularisation and the
+    pull, and none can take it further than a fixed factor away.
 
-    The shrinkage is the (softened) sign of a weight, as the gradient of an L1 penalty is: that is
-    what an adversary in linf adds to the loss of a linear model (Goodfellow et al. 2015, section
-    5). Measured by itself it does more for robust accuracy than decay in proportion to the weight.
-    Biases and scales, leaves of rank 1 and 0, do not shrink.
+    To first order the Jacobian is what an adversary adds to the loss, in linf by the 1-norm of its
+    columns (Goodfellow et al. 2015, section 5, for a linear model). Biases and scales, leaves of
+    rank 1 and 0, are not pulled.
 
     Args:
       meta_params: phi, from `init_meta_params`, `meta_train` or a file. To train them, build the
@@ -130,11 +136,11 @@ def scale_by_meta_optimizer(
 
     Reference:
       Andrychowicz et al. 2016, section 2.1 (arXiv:1606.04474) for the LSTM; a nominal term with
-      decay as in Harrison et al. 2022 (arXiv:2209.11208); the sign in its place after Goodfellow
+      decay as in Harrison et al. 2022 (arXiv:2209.11208); the pull in its place after Goodfellow
       et al. 2015 (arXiv:1412.6572).
     """
     check_meta_params(meta_params, config)
-    lstm = LSTM(config.hidden, _outputs(config))
+    lstm, linear = _networks(config)
 
     def init_fn(params: Params) -> ScaleByMetaOptimizerState:
         # Each has its own arrays: a buffer that is in the state twice cannot be donated.
@@ -147,16 +153,24 @@ def scale_by_meta_optimizer(
         if params is None and config.needs_params:
             raise ValueError(NO_PARAMS_MSG)
         gradient = jax.tree.map(_float32, jax.lax.stop_gradient(updates))
-        mu, nu, direction, normalised = _adam(config, state, gradient, params)
         leaves, treedef = jax.tree.flatten(gradient)
-        columns = [_leaves(tree, treedef) for tree in (direction, normalised, params)]
         positions = features.layer_positions(gradient)
-        tensors = map(_Coordinates, leaves, *columns, positions)
+        parameters = _leaves(params, treedef)
         situation = _situation(config, aim, state.count)
+        layers = zip(parameters, leaves, positions, strict=True)
+        shared = [_share(config, *layer) + situation for layer in layers]
+        offsets: list[Any] = [
+            linear.apply({"params": meta_params.get("linear", {})}, s) for s in shared
+        ]
+        mu, nu, direction, normalised = _adam(config, state, gradient, params, offsets)
+        columns = [_leaves(tree, treedef) for tree in (direction, normalised)]
+        pulls = _pulls(config, aim, parameters, positions)
+        tensors = map(_Coordinates, leaves, *columns, parameters, pulls, positions)
         pace = _pace(config, aim, state.count)
         memories = _split_memory(state.memory, treedef)
         stepped: list[tuple[Array, Any]] = [
-            update_tensor(*pair, situation, pace) for pair in zip(tensors, memories, strict=True)
+            update_tensor(*columns, pace)
+            for columns in zip(tensors, shared, offsets, memories, strict=True)
         ]
         new_updates = treedef.unflatten([u for u, _ in stepped])
         new_updates = jax.tree.map(lambda u, g: u.astype(g.dtype), new_updates, updates)
@@ -164,23 +178,32 @@ def scale_by_meta_optimizer(
         count = optax.safe_increment(state.count)
         return new_updates, ScaleByMetaOptimizerState(count, mu, nu, memory)
 
-    def update_tensor(tensor: _Coordinates, memory: tuple[Memory, ...], situation, pace):
-        own, shared = _see(config, tensor)
-        readout, updated = lstm.apply({"params": meta_params}, own, shared + situation, memory)
-        return pace * _update_rule(config, readout, tensor), updated
+    def update_tensor(tensor: _Coordinates, shared, offset, memory: tuple[Memory, ...], pace):
+        own = _see(config, tensor)
+        readout, updated = lstm.apply({"params": meta_params["lstm"]}, own, shared, memory)
+        return pace * _update_rule(config, readout + offset[..., :-1], tensor), updated
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def init_meta_params(config: MetaOptimizerConfig, key: Key) -> MetaParams:
-    """Fresh meta-parameters: the update is then near the nominal one."""
+    """Fresh meta-parameters: the update is then the nominal one."""
     w = jnp.zeros((1, 1))
-    tensor = _Coordinates(w, w, w, w, features.layer_positions({"w": w})[0])
+    position = features.layer_positions({"w": w})[0]
+    tensor = _Coordinates(w, w, w, w, w, position)
     memory = tuple(Memory(jnp.zeros((1, 1, n)), jnp.zeros((1, 1, n))) for n in config.hidden)
-    lstm = LSTM(config.hidden, _outputs(config))
-    own, shared = _see(config, tensor)
-    shared += _situation(config, Aim(), jnp.zeros([], jnp.int32))
-    return lstm.init(key, own, shared, memory)["params"]
+    lstm, linear = _networks(config)
+    shared = _share(config, w, w, position) + _situation(config, Aim(), jnp.zeros([], jnp.int32))
+    meta_params = {"lstm": lstm.init(key, _see(config, tensor), shared, memory)["params"]}
+    if shared:
+        meta_params["linear"] = linear.init(key, shared)["params"]
+    return meta_params
+
+
+def _networks(config: MetaOptimizerConfig) -> tuple[LSTM, Linear]:
+    """Those of phi; the last output of the second is the regularisation's."""
+    outputs = 1 + ("adam" in config.features) + ("jacobian" in config.features)
+    return LSTM(config.hidden, outputs), Linear(outputs + 1)
 
 
 def check_meta_params(meta_params: MetaParams, config: MetaOptimizerConfig) -> None:
@@ -202,33 +225,67 @@ def _adam(
     state: ScaleByMetaOptimizerState,
     gradient: optax.Updates,
     params: Params | None,
+    offsets: list[Any],
 ):
-    """Adam's moments, its direction and the gradient in the same units (algorithm 1)."""
+    """Adam's moments, its direction and the gradient in the same units (algorithm 1).
+
+    The last of a tensor's offsets changes its regularisation.
+    """
     if "adam" not in config.features:
         return None, None, None, None
     regularised = gradient
     if config.regularisation:
-        regularised = jax.tree.map(lambda g, p: g + config.regularisation * p, gradient, params)
+        factors = jax.tree.unflatten(
+            jax.tree.structure(gradient),
+            [config.regularisation * jnp.exp(2 * jnp.tanh(o[..., -1])) for o in offsets],
+        )
+        regularised = jax.tree.map(lambda g, p, mu: g + mu * p, gradient, params, factors)
     mu = jax.tree.map(lambda m, g: B1 * m + (1 - B1) * g, state.mu, regularised)
     nu = jax.tree.map(lambda v, g: B2 * v + (1 - B2) * jnp.square(g), state.nu, regularised)
     t = optax.safe_increment(state.count)
-    scale = jax.tree.map(lambda v: 1 / (jnp.sqrt(v / (1 - B2**t)) + EPSILON), nu)
+    # Of a zero, that of a dead unit's bias, the root has no derivative: far below EPSILON it does.
+    scale = jax.tree.map(lambda v: 1 / (jnp.sqrt(v / (1 - B2**t) + 1e-30) + EPSILON), nu)
     direction = jax.tree.map(lambda m, s: m / (1 - B1**t) * s, mu, scale)
     return mu, nu, direction, jax.tree.map(jnp.multiply, gradient, scale)
 
 
-def _see(config: MetaOptimizerConfig, tensor: _Coordinates) -> tuple[Array, tuple[Array, ...]]:
-    """The chosen features: each coordinate's own [..., f], and those that they share."""
-    own, shared = [tensor.gradient[..., None][..., :0]], ()  # none yet, sharded as the gradient
+def _see(config: MetaOptimizerConfig, tensor: _Coordinates) -> Array:
+    """The chosen features that each coordinate has of its own, [..., f]."""
+    own = [tensor.gradient[..., None][..., :0]]  # none yet, sharded as the gradient
     if "log_sign" in config.features:
         own.append(features.log_sign(tensor.gradient))
     if "adam" in config.features:
         own.append(jnp.stack([tensor.direction, tensor.normalised], axis=-1))
     if "parameter" in config.features:
         own.append(features.parameter_features(tensor.parameter))
-    if "layer" in config.features:
-        shared = features.layer_features(tensor.parameter, tensor.position)
-    return jnp.concatenate(own, axis=-1), shared
+    if "jacobian" in config.features:
+        own.append(tensor.pull[..., None])
+    return jnp.concatenate(own, axis=-1)
+
+
+def _share(
+    config: MetaOptimizerConfig,
+    parameter: Array,
+    gradient: Array,
+    position: features.LayerPosition,
+) -> tuple[Array, ...]:
+    """The chosen features that rows and tensors share."""
+    if "layer" not in config.features:
+        return ()
+    return features.layer_features(parameter, gradient, position)
+
+
+def _pulls(
+    config: MetaOptimizerConfig, aim: Aim, parameters: list, positions: list
+) -> list[Array | None]:
+    """`jacobian.pull` of each tensor; zeros of a bias, None where the features hide it."""
+    if "jacobian" not in config.features:
+        return [None] * len(parameters)
+    kernels = [i for i, position in enumerate(positions) if not position.bias]
+    kernels.sort(key=lambda i: (positions[i].depth, i))
+    found = pull([parameters[i] for i in kernels], [positions[i] for i in kernels], aim.norm)
+    by_leaf = dict(zip(kernels, found, strict=True))
+    return [by_leaf.get(i, jnp.zeros_like(p)) for i, p in enumerate(parameters)]
 
 
 def _situation(config: MetaOptimizerConfig, aim: Aim, count: Array) -> tuple[Array, ...]:
@@ -249,21 +306,17 @@ def _pace(config: MetaOptimizerConfig, aim: Aim, count: Array) -> Array:
     return jnp.where(known > 0, jnp.square(jnp.sin(0.5 * jnp.pi * left)), 1 / 3)
 
 
-def _outputs(config: MetaOptimizerConfig) -> int:
-    return 1 + ("adam" in config.features) + ("parameter" in config.features)
-
-
 def _update_rule(config: MetaOptimizerConfig, readout: Array, tensor: _Coordinates) -> Array:
-    """The equation of `scale_by_meta_optimizer`."""
+    """The equation of `scale_by_meta_optimizer`, over the pace."""
     bounded = list(jnp.moveaxis(jnp.tanh(readout), -1, 0))
-    update = config.learning_rate * config.shift * bounded.pop()
+    update = config.shift * bounded.pop()
     if "adam" in config.features:
-        update -= config.learning_rate * jnp.exp(2 * bounded.pop()) * tensor.direction
-    if "parameter" in config.features and not tensor.position.bias:
+        update -= jnp.exp(2 * bounded.pop()) * tensor.direction
+    if "jacobian" in config.features and not tensor.position.bias:
         rms = features.root_mean_square(tensor.parameter)
-        soft_sign = jnp.tanh(tensor.parameter / (SOFTNESS * rms))
-        update -= config.shrinkage * jnp.exp(2 * bounded.pop()) * rms * soft_sign
-    return update
+        strength = config.pull * rms / (rms + SMALL * config.learning_rate)
+        update -= strength * jnp.exp(2 * bounded.pop()) * tensor.pull
+    return config.learning_rate * update
 
 
 def _float32(x: Array) -> Array:

@@ -1,0 +1,127 @@
+"""The Jacobian of a model without its activations, against that of real models."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures.tiny import compile_fast as compile_fast
+
+from advmeta import optimizees
+from advmeta.meta_optimizer import features
+from advmeta.meta_optimizer.jacobian import SOFTNESS, gain, pull
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def kernels_of(params):
+    """As the optimizer takes them: kernels in the order of their layers, with their positions."""
+    leaves, positions = jax.tree.leaves(params), features.layer_positions(params)
+    layers = [pair for pair in zip(leaves, positions, strict=True) if not pair[1].bias]
+    layers.sort(key=lambda pair: pair[1].depth)
+    return [list(column) for column in zip(*layers, strict=True)]
+
+
+def test_gain_of_two_matrices():
+    # J = W_1 W_2 = [[1, -1], [6, 2]]; less the mean over the classes [[1, -1], [2, -2]].
+    # l2: two columns of the length sqrt(1 + 4). linf: s log(e^{j/s} + e^{-j/s}) of each, with
+    # s = 0.16 sqrt(10 / 4), is |j| to 1e-3.
+    kernels = [jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[1.0, -1.0], [3.0, 1.0]])]
+    positions = features.layer_positions(kernels)
+    assert gain(kernels, positions, "l2") == pytest.approx(2 * 5**0.5, rel=1e-6)
+    soft = SOFTNESS * np.sqrt(10 / 4)
+    expected = sum(soft * np.logaddexp(j / soft, -j / soft) for j in (1, -1, 2, -2))
+    assert gain(kernels, positions) == pytest.approx(expected, rel=1e-6)
+    assert expected == pytest.approx(6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("optimizee", "image"),
+    [
+        (optimizees.linear(4), (2, 3, 1)),
+        (optimizees.mlp((5, 6), "tanh", 4), (2, 3, 1)),
+    ],
+)
+def test_gain_is_that_of_the_model_where_its_activations_are_linear(optimizee, image):
+    # At x = 0, without biases, tanh has the slope 1: the Jacobian of the whole model there is that
+    # of its kernels.
+    params = optimizee.init(jax.random.key(0), image)
+    jacobian = jax.jacobian(lambda x: optimizee.apply(params, x[None])[0])(jnp.zeros(image))
+    jacobian = (jacobian - jacobian.mean(axis=0)).reshape(4, -1)
+    expected = jnp.linalg.norm(jacobian, axis=1).sum()
+    assert gain(*kernels_of(params), "l2") == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_places_of_a_convolution_are_outputs_of_their_own():
+    # A model without overlap: stride = window, so that each pixel is seen from one place. Then the
+    # sum over places and classes of |J| is that over pixels and classes.
+    convolution, dense = normal(2, 2, 1, 3), normal(2 * 2 * 3, 4)
+
+    def model(x):  # [4, 4, 1]
+        patches = x.reshape(2, 2, 2, 2, 1).swapaxes(1, 2)
+        z = jnp.einsum("hwijc,ijco->hwo", patches, convolution)
+        return z.reshape(-1) @ dense
+
+    jacobian = jax.jacobian(model)(jnp.zeros((4, 4, 1)))
+    jacobian = jacobian - jacobian.mean(axis=0)
+    kernels = [convolution, dense]
+    found = gain(kernels, features.layer_positions(kernels))
+    assert found == pytest.approx(float(jnp.abs(jacobian).sum()), rel=0.02)  # softened
+
+
+def test_layers_that_do_not_follow_each_other_are_chains_of_their_own():
+    kernels = [normal(3, 5), normal(7, 2)]  # 7 inputs cannot be 5 outputs
+    positions = features.layer_positions(kernels)
+    centred = kernels[1] - kernels[1].mean(axis=1, keepdims=True)
+    expected = sum(np.linalg.norm(m, axis=0).sum() for m in (kernels[0], centred))
+    assert gain(kernels, positions, "l2") == pytest.approx(expected, rel=1e-5)
+    assert gain([], []) == 0
+
+
+def test_a_model_of_one_logit_is_pulled():
+    kernels = [normal(3, 2), normal(2, 1)]
+    expected = np.linalg.norm(kernels[0] @ kernels[1])
+    assert gain(kernels, features.layer_positions(kernels), "l2") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_step_against_the_pull_lowers_the_gain(norm):
+    params = optimizees.cnn((3, 4), num_classes=5).init(jax.random.key(1), (8, 8, 2))
+    kernels, positions = kernels_of(params)
+    directions = pull(kernels, positions, norm)
+    for direction in directions:
+        assert jnp.sqrt(jnp.square(direction).mean()) == pytest.approx(1, rel=1e-4)
+    moved = [k - 1e-3 * d for k, d in zip(kernels, directions, strict=True)]
+    assert gain(moved, positions, norm) < gain(kernels, positions, norm)
+
+
+def test_the_pull_of_zeros_is_zero():
+    kernels = [jnp.zeros((3, 2)), jnp.zeros((2, 4))]
+    for direction in pull(kernels, features.layer_positions(kernels)):
+        np.testing.assert_array_equal(direction, np.zeros_like(direction))
+
+
+def test_entries_that_stand_out_by_far_stay_finite():
+    # e^{j / s} of the largest is beyond float32: s is 0.16 of an RMS that is a 300th of it.
+    kernel = jnp.zeros((300, 300)).at[0, 0].set(1.0)
+    (direction,) = pull([kernel], features.layer_positions([kernel]))
+    assert np.isfinite(direction).all()
+
+
+def test_an_equinox_layer_is_pulled_as_its_transpose():
+    class Layer(eqx.Module):
+        weight: jax.Array
+
+    kernels = normal(6, 3), normal(3 * 2, 4)  # the second sees two places of each of 3 outputs
+    # In (outputs, inputs) the places of an output are next to each other.
+    second = kernels[1].reshape(2, 3, 4).swapaxes(0, 1).reshape(6, 4)
+    theirs = [Layer(kernels[0].T), Layer(second.T)]
+    ours = pull(list(kernels), features.layer_positions(list(kernels)))
+    found = pull([layer.weight for layer in theirs], features.layer_positions(theirs))
+    np.testing.assert_allclose(found[0].T, ours[0], rtol=1e-4, atol=1e-5)
+    second_pull = found[1].T.reshape(3, 2, 4).swapaxes(0, 1).reshape(6, 4)
+    np.testing.assert_allclose(second_pull, ours[1], rtol=1e-4, atol=1e-5)
