@@ -1,9 +1,10 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from fixtures.tiny import compile_fast as compile_fast
 
-from advmeta.meta_optimizer.lstm import LSTM, Linear, Memory
+from advmeta.meta_optimizer.lstm import LSTM, Gates, Linear, Memory
 
 RNG = np.random.default_rng(0)
 
@@ -62,6 +63,16 @@ def test_fresh_weights_read_out_nothing():
     readout, updated = lstm.apply(variables, jnp.ones((1, 5)), (), memory)
     np.testing.assert_array_equal(readout, np.zeros((1, 2)))
     assert all(np.all(layer.h != 0) for layer in updated)  # but the memory is at work
+
+
+def test_gates_are_the_quarters_of_a_dense_layer():
+    # The same parameters from the same key, so that weights on disk fit, and the same product.
+    gates, dense, x, key = Gates(3), nn.Dense(12), normal(5, 4, 2), jax.random.key(0)
+    fresh, expected = (jax.jit(layer.init)(key, x) for layer in (gates, dense))
+    jax.tree.map(np.testing.assert_array_equal, fresh, expected)
+    variables = random_params(dense, x)
+    found = np.concatenate(gates.apply(variables, x), axis=-1)
+    np.testing.assert_allclose(found, dense.apply(variables, x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_linear_map():
