@@ -1,7 +1,7 @@
 """The meta-optimizer as an optax transformation."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.tree_util import tree_leaves_with_path
 from jax.typing import ArrayLike
 from optax._src.base import NO_PARAMS_MSG  # optax's own words; not exported
 
-from advmeta.meta_optimizer import features
+from advmeta.meta_optimizer import features, fused
 from advmeta.meta_optimizer.features import Aim
 from advmeta.meta_optimizer.jacobian import pull
 from advmeta.meta_optimizer.lstm import LSTM, Linear, Memory
@@ -89,6 +89,8 @@ def scale_by_meta_optimizer(
     meta_params: MetaParams,
     config: MetaOptimizerConfig = MetaOptimizerConfig(),
     aim: Aim = Aim(),
+    *,
+    kernel: Literal["xla", "pallas"] = "xla",
 ) -> optax.GradientTransformationExtraArgs:
     """The update that a coordinate-wise LSTM makes of a gradient; it needs no learning rate.
 
@@ -115,13 +117,16 @@ def scale_by_meta_optimizer(
         transformation inside the function that is differentiated.
       config: the one they were made with.
       aim: norm, epsilon and horizon, for those with the features "aim" and "time"; may be traced.
+      kernel: what takes the LSTM's step: "xla", or "pallas", one kernel for all layers, `fused`,
+        which nobody has measured on a GPU yet. It is for NVIDIA's and for arrays that are not
+        sharded; a CPU interprets it, slowly.
 
     Returns:
       An optax transformation. Its ``update`` takes ``params`` where the features look at them.
 
     Raises:
-      ValueError: shapes of ``meta_params`` that do not fit ``config``, or, from ``update``, no
-        ``params`` where they are needed.
+      ValueError: shapes of ``meta_params`` that do not fit ``config``, another kernel, or, from
+        ``update``, no ``params`` where they are needed.
 
     Example:
       >>> config = MetaOptimizerConfig()
@@ -140,6 +145,8 @@ def scale_by_meta_optimizer(
       et al. 2015 (arXiv:1412.6572).
     """
     check_meta_params(meta_params, config)
+    if kernel not in ("xla", "pallas"):
+        raise ValueError(f"kernel={kernel!r} is unknown: write 'xla' or 'pallas'")
     lstm, linear = _networks(config)
 
     def init_fn(params: Params) -> ScaleByMetaOptimizerState:
@@ -180,7 +187,10 @@ def scale_by_meta_optimizer(
 
     def update_tensor(tensor: _Coordinates, shared, offset, memory: tuple[Memory, ...], pace):
         own = _see(config, tensor)
-        readout, updated = lstm.apply({"params": meta_params["lstm"]}, own, shared, memory)
+        if kernel == "pallas" and tensor.gradient.size:  # no grid without a block
+            readout, updated = fused.apply(meta_params["lstm"], own, shared, memory)
+        else:
+            readout, updated = lstm.apply({"params": meta_params["lstm"]}, own, shared, memory)
         return pace * _update_rule(config, readout + offset[..., :-1], tensor), updated
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
