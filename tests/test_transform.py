@@ -1,5 +1,6 @@
 """The meta-optimizer as an optax transformation, with every feature set, beside optax.adam."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -39,6 +40,7 @@ CONFIGS = {
     "layer": MetaOptimizerConfig((2,), ("layer",)),
     "log_sign+adam": MetaOptimizerConfig((2,), ("log_sign", "adam")),
     "all": MetaOptimizerConfig((2, 3), FEATURES, regularisation=0.1),
+    "short memory": MetaOptimizerConfig((2, 3), ("log_sign", "adam"), memory_dtype="bfloat16"),
 }
 OPTIMIZERS = [*CONFIGS, "optax.adam"]
 
@@ -442,6 +444,25 @@ def test_updates_are_bounded_whatever_the_meta_params():
     assert largest > 0.9 * config.learning_rate * config.shift
 
 
+def test_a_short_memory_is_the_long_one_rounded():
+    # From the same memory both take the same step, and one of them rounds what it leaves.
+    short = CONFIGS["short memory"]
+    long = dataclasses.replace(short, memory_dtype="float32")
+    state, found = reference("short memory")[1], []
+    wide = jax.tree.map(lambda m: m.astype(jnp.float32), state.memory)
+    for config, memory in ((short, state.memory), (long, wide)):
+        optimizer = compile_update(scale_by_meta_optimizer(random_meta_params(config), config))
+        args = at(GRADIENTS_T, 0), state._replace(memory=memory), at(PARAMS_T, 0)
+        found.append(optimizer.update(*args))
+    (updates, after), (expected, exact) = found
+    assert_close(updates, expected)
+    # To 8 bits: half of a unit in the last of them is 2^-8 at most.
+    rounded = jax.tree.map(lambda m: m.astype(jnp.float32), after.memory)
+    assert_close(rounded, exact.memory, rtol=2**-8)
+    for dtype, trees in ((jnp.bfloat16, after.memory), (jnp.float32, (after.mu, after.nu))):
+        assert {leaf.dtype for leaf in jax.tree.leaves(trees)} == {jnp.dtype(dtype)}
+
+
 def test_no_gradient_flows_through_the_gradients():
     config = CONFIGS["log_sign+adam"]
     optimizer = scale_by_meta_optimizer(random_meta_params(config), config)
@@ -467,6 +488,11 @@ def test_unknown_feature_lists_the_known_ones():
 def test_hidden_units_must_be_positive(hidden):
     with pytest.raises(ValueError, match="units of one layer or more"):
         MetaOptimizerConfig(hidden=hidden)
+
+
+def test_unknown_memory_dtypes():
+    with pytest.raises(ValueError, match=r"memory_dtype='int8' is .*'float32' or 'bfloat16'"):
+        MetaOptimizerConfig(memory_dtype="int8")
 
 
 def test_weights_that_do_not_fit_are_named():

@@ -16,7 +16,9 @@ from advmeta.meta_optimizer import pretrained, weights
 
 @pytest.fixture
 def saved(tmp_path):
-    config = advmeta.MetaOptimizerConfig(hidden=(3, 4), features=("log_sign", "parameter"))
+    config = advmeta.MetaOptimizerConfig(
+        hidden=(3, 4), features=("log_sign", "parameter"), memory_dtype="bfloat16"
+    )
     meta_params = advmeta.init_meta_params(config, jax.random.key(0))
     path = tmp_path / "mine.safetensors"
     weights.save_weights(path, meta_params, config, command="advmeta meta-train", seed=7)
@@ -82,7 +84,7 @@ def test_shapes_that_do_not_fit_the_config_are_named(saved):
         ("{}", "no 'meta_optimizer'"),
         ('{"meta_optimizer": {"layers": 3}}', "no 'meta_optimizer'"),
         ('{"meta_optimizer": {"features": ["colour"]}}', "colour.*log_sign"),
-        ('{"meta_optimizer": {"shift": 3.0}}', "lacks .*'learning_rate'.*'regularisation'"),
+        ('{"meta_optimizer": {"shift": 3.0}}', "lacks .*'learning_rate', 'memory_dtype'"),
     ],
 )
 def test_a_bad_card_is_refused(saved, card, message):

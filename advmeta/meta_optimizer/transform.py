@@ -40,6 +40,8 @@ class MetaOptimizerConfig:
       regularisation: mu, the nominal L2 regularisation that is a part of Adam's gradient.
       pull: nu, the nominal step that makes the model's Jacobian smaller, in units of eta.
       shift: the largest step that the LSTM can take of its own, in units of eta.
+      memory_dtype: of the LSTM's memory in the state; "bfloat16" halves it. A step is taken in
+        float32 either way, and what it leaves is rounded.
     """
 
     hidden: tuple[int, ...] = (8,)
@@ -48,6 +50,7 @@ class MetaOptimizerConfig:
     regularisation: float = 0.013
     pull: float = 0.4
     shift: float = 1.0
+    memory_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.features if name not in features.FEATURES]
@@ -58,6 +61,11 @@ class MetaOptimizerConfig:
             )
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden={self.hidden!r} must hold the units of one layer or more")
+        if self.memory_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"memory_dtype={self.memory_dtype!r} is none that a memory can be kept in: write "
+                "'float32' or 'bfloat16'"
+            )
 
     @property
     def needs_params(self) -> bool:
@@ -152,7 +160,11 @@ def scale_by_meta_optimizer(
     def init_fn(params: Params) -> ScaleByMetaOptimizerState:
         # Each has its own arrays: a buffer that is in the state twice cannot be donated.
         mu, nu = (_zeros(params) if "adam" in config.features else None for _ in range(2))
-        memory = tuple(Memory(_zeros(params, n), _zeros(params, n)) for n in config.hidden)
+        short = jnp.bfloat16 if config.memory_dtype == "bfloat16" else None
+        memory = tuple(
+            Memory(_zeros(params, n, dtype=short), _zeros(params, n, dtype=short))
+            for n in config.hidden
+        )
         return ScaleByMetaOptimizerState(jnp.zeros([], jnp.int32), mu, nu, memory)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -186,11 +198,12 @@ def scale_by_meta_optimizer(
         return new_updates, ScaleByMetaOptimizerState(count, mu, nu, memory)
 
     def update_tensor(tensor: _Coordinates, shared, offset, memory: tuple[Memory, ...], pace):
-        own = _see(config, tensor)
+        own, wide = _see(config, tensor), jax.tree.map(_float32, memory)
         if kernel == "pallas" and tensor.gradient.size:  # no grid without a block
-            readout, updated = fused.apply(meta_params["lstm"], own, shared, memory)
+            readout, updated = fused.apply(meta_params["lstm"], own, shared, wide)
         else:
-            readout, updated = lstm.apply({"params": meta_params["lstm"]}, own, shared, memory)
+            readout, updated = lstm.apply({"params": meta_params["lstm"]}, own, shared, wide)
+        updated = jax.tree.map(lambda new, old: new.astype(old.dtype), updated, memory)
         return pace * _update_rule(config, readout + offset[..., :-1], tensor), updated
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -334,11 +347,11 @@ def _float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _zeros(params: Params, *trailing: int) -> PyTree:
+def _zeros(params: Params, *trailing: int, dtype: Any = None) -> PyTree:
     """Zeros of each parameter's shape and trailing axes, sharded as the parameter is."""
 
     def zeros(p):
-        plain = jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32))
+        plain = jnp.zeros_like(p, dtype=dtype or jnp.promote_types(p.dtype, jnp.float32))
         return jnp.broadcast_to(plain[(..., *[None] * len(trailing))], p.shape + trailing)
 
     return jax.tree.map(zeros, params)
