@@ -29,6 +29,8 @@ class MetaTrainingConfig:
         an update does to the rest of its episode; or "backpropagation" through one truncation,
         which is less noisy and counts what is left when gradients are given.
       sigma: standard deviation of the perturbations of "pes".
+      recompute: what backpropagation computes once more in the place of keeping it in memory: each
+        inner "step", or "nothing", for machines whose memory is faster than their arithmetic.
       learning_rate: of the outer Adam, at its start; it follows a cosine to zero.
       clip: global norm that meta-gradients are clipped to.
       average: decay of the moving average of the meta-parameters, which is what is evaluated.
@@ -54,6 +56,7 @@ class MetaTrainingConfig:
     horizon_known: float = 0.75
     estimator: Literal["pes", "backpropagation"] = "pes"
     sigma: float = 0.07
+    recompute: Literal["step", "nothing"] = "step"
     learning_rate: float = 1e-2
     clip: float = 1.0
     average: float = 0.98
@@ -88,6 +91,8 @@ class MetaTrainingConfig:
                 f"estimator={self.estimator!r} must be 'backpropagation' or 'pes', and "
                 f"sigma={self.sigma} positive"
             )
+        if self.recompute not in ("step", "nothing"):
+            raise ValueError(f"recompute={self.recompute!r} must be 'step' or 'nothing'")
         if not 0 <= self.horizon_known <= 1:
             raise ValueError(f"horizon_known={self.horizon_known} is a share, from 0 to 1")
         if not 0 <= self.average < 1:

@@ -183,6 +183,7 @@ def run_truncation(
             examples=config.meta_loss.examples,
         ),
         every=every,
+        recompute=config.recompute,
     )
     looks = lane.inner.step + every * (1 + jnp.arange(config.truncation // every))
     progress = looks / lane.horizon

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,7 @@ def unroll(
     inner_gradient: InnerGradient = clean,
     evaluate: Evaluate | None = None,
     every: int = 1,
+    recompute: Literal["step", "nothing"] = "step",
 ) -> tuple[InnerState, Trajectory]:
     """Takes inner steps: gradient, update, apply.
 
@@ -93,6 +94,8 @@ def unroll(
       inner_gradient: one of `advmeta.inner_gradients`.
       evaluate: (params, key) -> anything, called after the last update of every few.
       every: how many these are; it divides ``steps``.
+      recompute: what a backward pass through the unroll computes once more in the place of storing
+        it: each "step", and what ``evaluate`` does, or "nothing".
 
     Returns:
       The state after the last step, and the `Trajectory`.
@@ -125,10 +128,12 @@ def unroll(
         norm = optax.tree.norm(gradient)
         return InnerState(params, opt_state, state.step + 1, gradient_state), (loss, norm)
 
-    # Recomputing a step in the backward pass is faster than storing what the LSTM did in it: the
+    # On two CPU cores, recomputing a step is faster than storing what the LSTM did in it: the
     # activations of a truncation are bound by memory. What nothing differentiates through, the
     # inner gradient and the attacked examples, is small and costs many passes: it is stored.
     keep = jax.checkpoint_policies.save_only_these_names(CONSTANT)
+    if recompute == "nothing":
+        keep = jax.checkpoint_policies.everything_saveable
     # All keys at once: hashing them one by one is a good part of what the loop would do.
     step_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(state.step + jnp.arange(steps))
     step_keys = jax.vmap(jax.random.split)(step_keys).reshape(steps // every, every, 2)

@@ -146,6 +146,26 @@ def test_meta_gradient_agrees_with_finite_differences():
         assert np.abs(slopes).min() > 1e-6
 
 
+def test_recomputing_changes_memory_and_not_the_meta_gradient():
+    # Without it, what a step stores is there as often as there are steps.
+    temporary, found = {}, {}
+    for recompute in ("step", "nothing"):
+        config = dataclasses.replace(
+            CONFIG, truncation=16, horizon=(16, 16), recompute=recompute
+        )  # fmt: skip
+        phi = random_meta_params(config.meta_optimizer)
+        lane = new_lane(config, FAMILY, phi, KEY)
+        run = functools.partial(run_truncation, config, FAMILY)
+        program = jax.jit(jax.grad(run, has_aux=True)).lower(phi, lane).compile()
+        temporary[recompute] = program.memory_analysis().temp_size_in_bytes
+        found[recompute], _ = program(phi, lane)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), found["step"], found["nothing"]
+    )
+    assert max(float(abs(g).max()) for g in jax.tree.leaves(found["step"])) > 1e-3
+    assert temporary["step"] < 0.7 * temporary["nothing"]
+
+
 # The outer loop.
 
 
@@ -318,6 +338,7 @@ def test_outer_steps_are_compiled_once():
         ({"average": 1.0}, "average=1.0 must be at least 0 and below 1"),
         ({"estimator": "reinforce"}, "'reinforce' must be 'backpropagation' or 'pes'"),
         ({"estimator": "pes", "sigma": 0.0}, "sigma=0.0 positive"),
+        ({"recompute": "all"}, "recompute='all' must be 'step' or 'nothing'"),
         ({"tasks": ()}, "must each hold at least one TaskConfig"),
         ({"inner_gradient": "noise"}, "'noise' is unknown; the known ones are"),
     ],
