@@ -10,9 +10,8 @@ from jax.tree_util import tree_leaves_with_path
 from jax.typing import ArrayLike
 from optax._src.base import NO_PARAMS_MSG  # optax's own words; not exported
 
-from advmeta.meta_optimizer import features, fused
+from advmeta.meta_optimizer import features, fused, inputs
 from advmeta.meta_optimizer.features import Aim
-from advmeta.meta_optimizer.jacobian import pull
 from advmeta.meta_optimizer.lstm import LSTM, Linear, Memory
 from advmeta.types import Array, Key, MetaParams, Params, PyTree
 
@@ -80,17 +79,6 @@ class ScaleByMetaOptimizerState(NamedTuple):
     mu: PyTree  # Adam's moments; None where the features do not use them.
     nu: PyTree
     memory: tuple[Memory, ...]  # one a layer; each field is a tree of p.shape + (hidden,).
-
-
-class _Coordinates(NamedTuple):
-    """What is known of the coordinates of one tensor at one step; None: the features hide it."""
-
-    gradient: Array
-    direction: Any  # m_hat / (sqrt(v_hat) + eps): Adam's
-    normalised: Any  # g / (sqrt(v_hat) + eps)
-    parameter: Any
-    pull: Any  # towards a smaller Jacobian, of RMS 1
-    position: features.LayerPosition
 
 
 def scale_by_meta_optimizer(
@@ -175,16 +163,16 @@ def scale_by_meta_optimizer(
         leaves, treedef = jax.tree.flatten(gradient)
         positions = features.layer_positions(gradient)
         parameters = _leaves(params, treedef)
-        situation = _situation(config, aim, state.count)
+        situation = inputs.situation(config.features, aim, state.count)
         layers = zip(parameters, leaves, positions, strict=True)
-        shared = [_share(config, *layer) + situation for layer in layers]
+        shared = [inputs.share(config.features, *layer) + situation for layer in layers]
         offsets: list[Any] = [
             linear.apply({"params": meta_params.get("linear", {})}, s) for s in shared
         ]
         mu, nu, direction, normalised = _adam(config, state, gradient, params, offsets)
         columns = [_leaves(tree, treedef) for tree in (direction, normalised)]
-        pulls = _pulls(config, aim, parameters, positions)
-        tensors = map(_Coordinates, leaves, *columns, parameters, pulls, positions)
+        pulls = inputs.pulls(config.features, aim, parameters, positions)
+        tensors = map(inputs.Coordinates, leaves, *columns, parameters, pulls, positions)
         pace = _pace(config, aim, state.count)
         memories = _split_memory(state.memory, treedef)
         stepped: list[tuple[Array, Any]] = [
@@ -197,8 +185,8 @@ def scale_by_meta_optimizer(
         count = optax.safe_increment(state.count)
         return new_updates, ScaleByMetaOptimizerState(count, mu, nu, memory)
 
-    def update_tensor(tensor: _Coordinates, shared, offset, memory: tuple[Memory, ...], pace):
-        own, wide = _see(config, tensor), jax.tree.map(_float32, memory)
+    def update_tensor(tensor: inputs.Coordinates, shared, offset, memory: tuple[Memory, ...], pace):
+        own, wide = inputs.see(config.features, tensor), jax.tree.map(_float32, memory)
         if kernel == "pallas" and tensor.gradient.size:  # no grid without a block
             readout, updated = fused.apply(meta_params["lstm"], own, shared, wide)
         else:
@@ -213,11 +201,13 @@ def init_meta_params(config: MetaOptimizerConfig, key: Key) -> MetaParams:
     """Fresh meta-parameters: the update is then the nominal one."""
     w = jnp.zeros((1, 1))
     position = features.layer_positions({"w": w})[0]
-    tensor = _Coordinates(w, w, w, w, w, position)
+    tensor = inputs.Coordinates(w, w, w, w, w, position)
     memory = tuple(Memory(jnp.zeros((1, 1, n)), jnp.zeros((1, 1, n))) for n in config.hidden)
     lstm, linear = _networks(config)
-    shared = _share(config, w, w, position) + _situation(config, Aim(), jnp.zeros([], jnp.int32))
-    meta_params = {"lstm": lstm.init(key, _see(config, tensor), shared, memory)["params"]}
+    shared = inputs.share(config.features, w, w, position)
+    shared += inputs.situation(config.features, Aim(), jnp.zeros([], jnp.int32))
+    own = inputs.see(config.features, tensor)
+    meta_params = {"lstm": lstm.init(key, own, shared, memory)["params"]}
     if shared:
         meta_params["linear"] = linear.init(key, shared)["params"]
     return meta_params
@@ -272,55 +262,6 @@ def _adam(
     return mu, nu, direction, jax.tree.map(jnp.multiply, gradient, scale)
 
 
-def _see(config: MetaOptimizerConfig, tensor: _Coordinates) -> Array:
-    """The chosen features that each coordinate has of its own, [..., f]."""
-    own = [tensor.gradient[..., None][..., :0]]  # none yet, sharded as the gradient
-    if "log_sign" in config.features:
-        own.append(features.log_sign(tensor.gradient))
-    if "adam" in config.features:
-        own.append(jnp.stack([tensor.direction, tensor.normalised], axis=-1))
-    if "parameter" in config.features:
-        own.append(features.parameter_features(tensor.parameter))
-    if "jacobian" in config.features:
-        own.append(tensor.pull[..., None])
-    return jnp.concatenate(own, axis=-1)
-
-
-def _share(
-    config: MetaOptimizerConfig,
-    parameter: Array,
-    gradient: Array,
-    position: features.LayerPosition,
-) -> tuple[Array, ...]:
-    """The chosen features that rows and tensors share."""
-    if "layer" not in config.features:
-        return ()
-    return features.layer_features(parameter, gradient, position)
-
-
-def _pulls(
-    config: MetaOptimizerConfig, aim: Aim, parameters: list, positions: list
-) -> list[Array | None]:
-    """`jacobian.pull` of each tensor; zeros of a bias, None where the features hide it."""
-    if "jacobian" not in config.features:
-        return [None] * len(parameters)
-    kernels = [i for i, position in enumerate(positions) if not position.bias]
-    kernels.sort(key=lambda i: (positions[i].depth, i))
-    found = pull([parameters[i] for i in kernels], [positions[i] for i in kernels], aim.norm)
-    by_leaf = dict(zip(kernels, found, strict=True))
-    return [by_leaf.get(i, jnp.zeros_like(p)) for i, p in enumerate(parameters)]
-
-
-def _situation(config: MetaOptimizerConfig, aim: Aim, count: Array) -> tuple[Array, ...]:
-    """The features that all coordinates share, as one array, if any are chosen."""
-    chosen = []
-    if "aim" in config.features:
-        chosen.append(features.aim_features(aim))
-    if "time" in config.features:
-        chosen.append(features.time_features(aim, count))
-    return (jnp.concatenate(chosen),) if chosen else ()
-
-
 def _pace(config: MetaOptimizerConfig, aim: Aim, count: Array) -> Array:
     """eta_t / eta: a half cosine over the horizon, 1/3 where it is not known; 1 without time."""
     if "time" not in config.features:
@@ -329,7 +270,7 @@ def _pace(config: MetaOptimizerConfig, aim: Aim, count: Array) -> Array:
     return jnp.where(known > 0, jnp.square(jnp.sin(0.5 * jnp.pi * left)), 1 / 3)
 
 
-def _update_rule(config: MetaOptimizerConfig, readout: Array, tensor: _Coordinates) -> Array:
+def _update_rule(config: MetaOptimizerConfig, readout: Array, tensor: inputs.Coordinates) -> Array:
     """The equation of `scale_by_meta_optimizer`, over the pace."""
     bounded = list(jnp.moveaxis(jnp.tanh(readout), -1, 0))
     update = config.shift * bounded.pop()

@@ -1,0 +1,77 @@
+"""What the networks are given of each tensor: those of `features.FEATURES` that are chosen."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from advmeta.meta_optimizer.features import (
+    Aim,
+    LayerPosition,
+    aim_features,
+    layer_features,
+    log_sign,
+    parameter_features,
+    time_features,
+)
+from advmeta.meta_optimizer.jacobian import pull
+from advmeta.types import Array
+
+
+class Coordinates(NamedTuple):
+    """What is known of the coordinates of one tensor at one step; None: the features hide it."""
+
+    gradient: Array
+    direction: Any  # m_hat / (sqrt(v_hat) + eps): Adam's
+    normalised: Any  # g / (sqrt(v_hat) + eps)
+    parameter: Any
+    pull: Any  # towards a smaller Jacobian, of RMS 1
+    position: LayerPosition
+
+
+def see(chosen: tuple[str, ...], tensor: Coordinates) -> Array:
+    """The chosen features that each coordinate has of its own, [..., f]."""
+    own = [tensor.gradient[..., None][..., :0]]  # none yet, sharded as the gradient
+    if "log_sign" in chosen:
+        own.append(log_sign(tensor.gradient))
+    if "adam" in chosen:
+        own.append(jnp.stack([tensor.direction, tensor.normalised], axis=-1))
+    if "parameter" in chosen:
+        own.append(parameter_features(tensor.parameter))
+    if "jacobian" in chosen:
+        own.append(tensor.pull[..., None])
+    return jnp.concatenate(own, axis=-1)
+
+
+def share(
+    chosen: tuple[str, ...],
+    parameter: Array,
+    gradient: Array,
+    position: LayerPosition,
+) -> tuple[Array, ...]:
+    """The chosen features that rows and tensors share."""
+    if "layer" not in chosen:
+        return ()
+    return layer_features(parameter, gradient, position)
+
+
+def pulls(
+    chosen: tuple[str, ...], aim: Aim, parameters: list, positions: list
+) -> list[Array | None]:
+    """`jacobian.pull` of each tensor; zeros of a bias, None where the features hide it."""
+    if "jacobian" not in chosen:
+        return [None] * len(parameters)
+    kernels = [i for i, position in enumerate(positions) if not position.bias]
+    kernels.sort(key=lambda i: (positions[i].depth, i))
+    found = pull([parameters[i] for i in kernels], [positions[i] for i in kernels], aim.norm)
+    by_leaf = dict(zip(kernels, found, strict=True))
+    return [by_leaf.get(i, jnp.zeros_like(p)) for i, p in enumerate(parameters)]
+
+
+def situation(chosen: tuple[str, ...], aim: Aim, count: Array) -> tuple[Array, ...]:
+    """The features that all coordinates share, as one array, if any are chosen."""
+    parts = []
+    if "aim" in chosen:
+        parts.append(aim_features(aim))
+    if "time" in chosen:
+        parts.append(time_features(aim, count))
+    return (jnp.concatenate(parts),) if parts else ()
