@@ -130,8 +130,9 @@ def start(problem: advmeta.Task, steps: int):
 def measure(rounds: int, steps: int = 20) -> dict[str, list[float]]:
     """Seconds an inner step, of each contender and round."""
     problem = task()
+    same = MetaOptimizerConfig(hidden=(20, 20), features=("log_sign",))
     contenders = {
-        OURS: advmeta_truncation(MetaOptimizerConfig(features=("log_sign",)), problem, steps),
+        OURS: advmeta_truncation(same, problem, steps),
         "advmeta, all features": advmeta_truncation(MetaOptimizerConfig(), problem, steps),
         "advmeta, as trained": advmeta_as_trained(problem, steps),
         "naive JAX": naive_truncation(problem, steps),
