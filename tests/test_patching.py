@@ -187,7 +187,7 @@ def test_a_use_that_training_did_not_cover_is_noted():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the note is enough
         _, report = patch(meta_optimizer="mixture", steps=301, threat_model=ball)
-    balls = "l2 0.25 to 1, linf 0.005 to 0.02, linf 0.05 to 0.2"
+    balls = "l2 0.25 to 1, linf 0.005 to 0.02, linf 0.025 to 0.1, linf 0.05 to 0.2"
     assert f"mixture was trained for {balls} alone" in report.note
     assert "mixture was trained for at most 300 steps" in report.note
 

@@ -95,7 +95,7 @@ def test_a_bad_card_is_refused(saved, card, message):
 
 
 def test_an_aim_that_training_did_not_cover_is_warned_of():
-    balls = "l2 0.25 to 1, linf 0.005 to 0.02, linf 0.05 to 0.2"
+    balls = "l2 0.25 to 1, linf 0.005 to 0.02, linf 0.025 to 0.1, linf 0.05 to 0.2"
     cases = {
         advmeta.Aim(0.1, "linf", 200): None,
         advmeta.Aim(0.3): f"mixture was trained for {balls} alone",

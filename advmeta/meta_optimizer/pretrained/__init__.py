@@ -66,7 +66,7 @@ def load_card(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     Example:
       >>> from advmeta.meta_optimizer.pretrained import load_card
       >>> load_card("mixture")["training"]["horizon"]
-      [60, 300]
+      [100, 300]
     """
     _, _, card = load_weights(_path(name_or_path))
     return card
