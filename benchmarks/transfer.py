@@ -5,8 +5,8 @@
 The pairs of data set and architecture below were written down before the meta-training of the
 weights that are shipped; no meta-training and no selection touched them, and Fashion-MNIST is in
 neither. Beside the weights stands the rule that their meta-training began with, whose constants
-were chosen on draws of the training parts of digits and Fashion-MNIST. An interrupted table goes
-on after its last whole column. The npz file holds 5,000 training and 1,000 test images of CIFAR-10,
+were chosen on draws of the training part of digits. An interrupted table goes on after its last
+whole column. The npz file holds 5,000 training and 1,000 test images of CIFAR-10,
 as `advmeta.data.load` reads them; without it that pair is left out.
 """
 
