@@ -46,8 +46,13 @@ ROWS = {
     "all steps alike": with_loss(lateness=0.0),
     "no clean loss": with_loss(clean_weight=0.0),
     "truncation 50": dataclasses.replace(BASE, truncation=50, horizon=(100, 200), outer_steps=80),
-    "one layer of 10": dataclasses.replace(BASE, meta_optimizer=MetaOptimizerConfig(hidden=(10,))),
-    **{f"without {name}": without(name) for name in ("log_sign", "layer", "aim", "time")},
+    "two layers of 20": dataclasses.replace(
+        BASE, meta_optimizer=MetaOptimizerConfig(hidden=(20, 20))
+    ),
+    **{
+        f"without {name}": without(name)
+        for name in ("log_sign", "jacobian", "layer", "aim", "time")
+    },
 }
 
 

@@ -23,6 +23,7 @@ from rich.table import Table
 
 import advmeta
 from advmeta import outer_step
+from advmeta.meta_loss import MetaLossConfig
 from advmeta.meta_optimizer import MetaOptimizerConfig, init_meta_params, scale_by_meta_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.task_families import TaskConfig
@@ -31,7 +32,10 @@ from benchmarks import timing
 EPISODES = (20, 200, 2000)
 TRUNCATIONS = (20, 40, 80)
 LANES = (1, 8, 64)
-CONFIG = MetaTrainingConfig(tasks=(TaskConfig(),), lanes=1, horizon=(200, 200))
+CONFIG = MetaTrainingConfig(
+    tasks=(TaskConfig(),), lanes=1, truncation=20, horizon=(200, 200), estimator="backpropagation",
+    meta_loss=MetaLossConfig(attack_steps=5, every=1, examples=128, loss="calibrated"),
+)  # fmt: skip
 OUTER_OPTIMIZER = optax.adam(1e-3)
 
 

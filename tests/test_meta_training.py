@@ -364,9 +364,8 @@ def test_an_unknown_data_set_is_refused_when_it_is_loaded():
 
 @pytest.mark.slow
 def test_meta_training_on_digits_makes_models_more_robust():
-    # The rule that it starts from takes steps too small for 80 of them. Measured on a wider model
-    # than the one trained on, in draws of the data that selection did not use: robust accuracy 0.32
-    # before and 0.45 after, clean 0.59 and 0.81; with key 1, 0.37 and 0.40, 0.71 and 0.70.
+    # The rule that it starts from takes steps too small for 80 of them. Judged on a wider model
+    # than the one trained on, in draws of the data that selection did not use.
     key = jax.random.key(0)
     task = TaskConfig(optimizee="mlp-10", train_examples=500, batch_size=64)
     config = MetaTrainingConfig(
