@@ -26,9 +26,10 @@ class MetaTrainingConfig:
         the truncation between them.
       horizon_known: share of the episodes that the feature "time" knows the horizon of.
       estimator: of the meta-gradient: "pes", persistent evolution strategies, which counts all that
-        an update does to the rest of its episode; or "backpropagation" through one truncation,
-        which is less noisy and counts what is left when gradients are given.
-      sigma: standard deviation of the perturbations of "pes".
+        an update does to the rest of its episode; "nres", the same with one perturbation an
+        episode; or "backpropagation" through one truncation, which is less noisy and counts what is
+        left when gradients are given.
+      sigma: standard deviation of the perturbations of "pes" and "nres".
       recompute: what backpropagation computes once more in the place of keeping it in memory: each
         inner "step", or "nothing", for machines whose memory is faster than their arithmetic.
       learning_rate: of the outer Adam, at its start; it follows a cosine to zero.
@@ -54,7 +55,7 @@ class MetaTrainingConfig:
     truncation: int = 100
     horizon: tuple[int, int] = (100, 200)
     horizon_known: float = 0.75
-    estimator: Literal["pes", "backpropagation"] = "pes"
+    estimator: Literal["pes", "nres", "backpropagation"] = "pes"
     sigma: float = 0.07
     recompute: Literal["step", "nothing"] = "step"
     learning_rate: float = 1e-2
@@ -86,9 +87,9 @@ class MetaTrainingConfig:
                 "meta_loss.loss='error' has no gradient, which estimator='backpropagation' needs: "
                 "write loss='calibrated', or estimator='pes'"
             )
-        if self.estimator not in ("backpropagation", "pes") or not self.sigma > 0:
+        if self.estimator not in ("backpropagation", "pes", "nres") or not self.sigma > 0:
             raise ValueError(
-                f"estimator={self.estimator!r} must be 'backpropagation' or 'pes', and "
+                f"estimator={self.estimator!r} must be 'pes', 'nres' or 'backpropagation', and "
                 f"sigma={self.sigma} positive"
             )
         if self.recompute not in ("step", "nothing"):

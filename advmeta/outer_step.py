@@ -136,7 +136,8 @@ def outer_step(
 def _estimator(config: MetaTrainingConfig) -> Estimator:
     return {
         "backpropagation": truncated_backpropagation,
-        "pes": functools.partial(persistent_evolution.estimate, config.sigma),
+        "pes": functools.partial(persistent_evolution.estimate, config.sigma, False),
+        "nres": functools.partial(persistent_evolution.estimate, config.sigma, True),
     }[config.estimator]
 
 
@@ -205,7 +206,7 @@ def new_lane(
     inner_gradient = inner_gradients.by_name(config.inner_gradient)
     inner = init_inner(family.sample(task_key), optimizer, init_key, inner_gradient)
     lane = Lane(inner, key, _draw_horizon(config, key, shortest=config.horizon[0]))
-    if config.estimator == "pes":
+    if config.estimator != "backpropagation":
         lane = lane._replace(persistent=persistent_evolution.begin(inner, meta_params))
     return lane
 

@@ -23,7 +23,7 @@ def begin(inner: PyTree, meta_params: MetaParams) -> Persistent:
 
 
 def estimate(
-    sigma: float, runs: tuple, meta_params: MetaParams, lanes: tuple, key: Key
+    sigma: float, reuse: bool, runs: tuple, meta_params: MetaParams, lanes: tuple, key: Key
 ) -> tuple[Array, MetaParams, tuple]:
     """The meta-gradient from pairs of opposite perturbations, as an `Estimator`.
 
@@ -37,10 +37,13 @@ def estimate(
     does to a late loss, which backpropagation through one truncation does not. Summed over an
     episode it is, in expectation, the gradient of the whole one, smoothed over sigma; and it goes
     through the inner gradients and the attack, too. Its variance grows with the number of
-    truncations.
+    truncations. With ``reuse`` an episode has one epsilon, which is drawn where it starts, and
+    ``xi = epsilon``: the same in expectation, and less noisy where truncations want different
+    changes of phi.
 
     Args:
       sigma: standard deviation of the perturbations.
+      reuse: whether an episode keeps its perturbation.
       runs, meta_params, lanes, key: see `advmeta.outer_step.Estimator`; each lane has its
         `Persistent`.
 
@@ -49,11 +52,15 @@ def estimate(
 
     Reference:
       Vicol et al. 2021, Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent
-      Evolution Strategies, algorithm 2. arXiv:2112.13835
+      Evolution Strategies, algorithm 2. arXiv:2112.13835. With ``reuse``: Li et al. 2023,
+      Variance-Reduced Gradient Estimation via Noise-Reuse in Online Evolution Strategies.
+      arXiv:2304.12180
     """
 
     def one_lane(run, lane, key):
-        epsilon = optax.tree.scale(sigma, optax.tree.random_like(key, meta_params))
+        # The key of the lane is that of its episode.
+        noise_key = jax.random.fold_in(lane.key, 3) if reuse else key
+        epsilon = optax.tree.scale(sigma, optax.tree.random_like(noise_key, meta_params))
 
         def perturbed(sign, inner):
             phi = optax.tree.add_scale(meta_params, sign, epsilon)
@@ -62,7 +69,7 @@ def estimate(
         twins = jax.tree.map(lambda *pair: jnp.stack(pair), lane.inner, lane.persistent.twin)
         losses, after = jax.vmap(perturbed)(jnp.array([1.0, -1.0]), twins)
         plus, minus = (jax.tree.map(lambda leaf, i=i: leaf[i], after.inner) for i in (0, 1))
-        xi = optax.tree.add(lane.persistent.perturbation, epsilon)
+        xi = epsilon if reuse else optax.tree.add(lane.persistent.perturbation, epsilon)
         gradient = optax.tree.scale((losses[0] - losses[1]) / (2 * sigma**2), xi)
         lane = lane._replace(inner=plus, persistent=Persistent(minus, xi))
         return (losses.mean(), gradient), lane

@@ -344,7 +344,7 @@ def test_outer_steps_are_compiled_once():
         ({"truncation": 0}, "truncation=0 must be at least 1"),
         ({"evaluate_every": 0}, "evaluate_every=0 must be at least 1"),
         ({"average": 1.0}, "average=1.0 must be at least 0 and below 1"),
-        ({"estimator": "reinforce"}, "'reinforce' must be 'backpropagation' or 'pes'"),
+        ({"estimator": "reinforce"}, "'reinforce' must be 'pes', 'nres' or"),
         ({"estimator": "pes", "sigma": 0.0}, "sigma=0.0 positive"),
         ({"recompute": "all"}, "recompute='all' must be 'step' or 'nothing'"),
         ({"tasks": ()}, "must each hold at least one TaskConfig"),

@@ -1,5 +1,6 @@
-"""Both estimators of the meta-gradient where it is known, and one of them in a meta-training."""
+"""The estimators of the meta-gradient where it is known, and in a meta-training."""
 
+import dataclasses
 import functools
 
 import jax
@@ -33,7 +34,8 @@ def c(t):
 X_T = RHO**T * X_0 + c(T) * THETA
 ESTIMATORS = {
     "backpropagation": truncated_backpropagation,
-    "pes": functools.partial(persistent_evolution.estimate, 0.5),
+    "pes": functools.partial(persistent_evolution.estimate, 0.5, False),
+    "nres": functools.partial(persistent_evolution.estimate, 0.5, True),
 }
 EPISODES, LANES = 400, 50
 
@@ -52,7 +54,6 @@ def estimates(estimator, truncation):
 
     theta, x = jnp.float32(THETA), jnp.full(LANES, X_0, jnp.float32)
     start = persistent_evolution.Persistent(x, jnp.zeros(LANES))
-    lanes = Lane(x, jax.random.split(jax.random.key(0), LANES), jnp.zeros(LANES), start)
 
     @jax.jit
     @jax.vmap
@@ -61,6 +62,8 @@ def estimates(estimator, truncation):
             _, gradient, lanes = ESTIMATORS[estimator]((run,), theta, lanes, key)
             return lanes, gradient
 
+        lanes_key, key = jax.random.split(key)
+        lanes = Lane(x, jax.random.split(lanes_key, LANES), jnp.zeros(LANES), start)
         keys = jax.random.split(key, HORIZON // truncation)
         return jax.lax.scan(outer_step, (lanes,), keys)[1].sum()
 
@@ -69,13 +72,49 @@ def estimates(estimator, truncation):
 
 
 @pytest.mark.parametrize("truncation", [1, 3, HORIZON])
-def test_pes_is_the_gradient_of_the_whole_episode_in_expectation(truncation):
+@pytest.mark.parametrize("estimator", ["pes", "nres"])
+def test_they_are_the_gradient_of_the_whole_episode_in_expectation(estimator, truncation):
     # The loss is quadratic in all perturbations, and opposite ones cancel what is even in them, so
     # nothing is left of the smoothing. 4 standard errors are missed in one of 16,000 cases.
     exact = (X_T * c(T)).sum() / truncation
-    mean, error = estimates("pes", truncation)
+    mean, error = estimates(estimator, truncation)
     assert abs(mean - exact) < 4 * error
     assert error < 0.02 * exact
+
+
+def test_one_perturbation_an_episode_is_less_noisy_where_each_truncation_has_its_own_gradient():
+    # Truncation t adds theta_t to x, and the last one's loss is x: the gradient is 1 everywhere. Of
+    # K truncations, xi has K times the variance of one perturbation, and so has the loss.
+    count, lanes = 8, 4000
+
+    def run(theta, lane):
+        x, t = lane.inner
+        x += theta[t]
+        return jnp.where(t == count - 1, x, 0.0), lane._replace(inner=(x, t + 1))
+
+    theta = jnp.zeros(count)
+    inner = jnp.zeros(lanes), jnp.zeros(lanes, jnp.int32)
+    keys = jax.random.split(jax.random.key(0), lanes)
+    variances = {}
+    for name in ("pes", "nres"):
+        start = persistent_evolution.Persistent(inner, jnp.zeros((lanes, count)))
+        episodes = jax.vmap(lambda lane: jax.tree.map(lambda leaf: leaf[None], lane))(
+            Lane(inner, keys, jnp.zeros(lanes), start)
+        )
+
+        @jax.jit
+        @jax.vmap
+        def last_gradient(lane, key, estimate=ESTIMATORS[name]):
+            for t in range(count):
+                _, gradient, (lane,) = estimate((run,), theta, (lane,), jax.random.fold_in(key, t))
+            return gradient
+
+        found = last_gradient(episodes, jax.random.split(jax.random.key(1), lanes))
+        np.testing.assert_allclose(found.mean(axis=0), 1.0, atol=5 * (64 / lanes) ** 0.5)
+        variances[name] = found.var(axis=0).mean()
+    # K^2 + 1 and K + 1, by the moments of Gaussians.
+    np.testing.assert_allclose(variances["pes"], count**2 + 1, rtol=0.15)
+    np.testing.assert_allclose(variances["nres"], count + 1, rtol=0.15)
 
 
 @pytest.mark.parametrize("truncation", [1, 3, HORIZON])
@@ -99,12 +138,14 @@ OUTER = default_outer_optimizer(CONFIG)
 FAMILY = tiny_family(optimizees.linear(num_classes=3))
 
 
-def test_twins_part_in_an_episode_and_meet_where_the_next_one_starts():
-    state = init_outer(CONFIG, (FAMILY,), OUTER, jax.random.key(0))
+@pytest.mark.parametrize("estimator", ["pes", "nres"])
+def test_twins_part_in_an_episode_and_meet_where_the_next_one_starts(estimator):
+    config = dataclasses.replace(CONFIG, estimator=estimator)
+    state = init_outer(config, (FAMILY,), OUTER, jax.random.key(0))
     seen = set()
     for _ in range(4):
         before = jax.device_get(state.meta_params)
-        state, info = outer_steps(CONFIG, OUTER, 1, (FAMILY,), state)
+        state, info = outer_steps(config, OUTER, 1, (FAMILY,), state)
         assert info.finite.all() and info.gradient_norm > 0
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, state.meta_params)
         assert min(jax.tree.leaves(moved)) > 0
