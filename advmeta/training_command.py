@@ -78,7 +78,8 @@ def train_and_save(
     are asked for; checkpoints; and, last, the weights and card.json.
 
     Raises:
-      SystemExit: SIGINT or SIGTERM came; there is a checkpoint of where it stood.
+      SystemExit: SIGINT or SIGTERM came; there is a checkpoint of where it stood, and the best
+        weights so far.
       ValueError: there are checkpoints, and none is whole.
     """
     config = command.training
@@ -86,8 +87,9 @@ def train_and_save(
     processes.said_by_first(_FINISHED if finished else "")
     if finished:
         return load_weights(folder / _WEIGHTS)[0]
-    made_with, metrics = environment.describe(), []
+    metrics: list[dict] = []
     made_by = {"seed": command.seed, "training": json.loads(config_files.to_json(config))}
+    about = {"name": folder.name, "command": line, **made_by, **environment.describe()}
     with (
         Checkpoints(folder / "checkpoints") as checkpoints,
         MetaTrainingProgress(config, console) as bar,
@@ -107,26 +109,35 @@ def train_and_save(
                 checkpoints.save(metrics[-1]["outer_step"], arrays, record)
                 saved = time.monotonic()
             if came:
+                stopped = {"stopped_after": metrics[-1]["outer_step"]}
+                kept = _save_best(state, folder, {**about, **stopped}, metrics, config)
                 console.print(
                     f"{signal.Signals(came).name}: stopped after outer step "
-                    f"{metrics[-1]['outer_step']}; --resume --output {folder} goes on from there",
+                    f"{stopped['stopped_after']}; --resume --output {folder} goes on from there"
+                    + (f". The best weights so far: {folder / _WEIGHTS}" if kept else ""),
                     markup=False,
                 )
                 raise SystemExit(128 + came)
-    card = {
-        "name": folder.name,
-        "command": line,
-        **made_by,
-        "seconds": metrics[-1]["seconds"],
-        **made_with,
-        "selected_at": max(
-            (record for record in metrics if "robust_accuracy" in record),
-            key=lambda record: record["robust_accuracy"],
-        ),
-    }
-    save_weights(folder / _WEIGHTS, state.best, config.meta_optimizer, **card)
+    card = _save_best(state, folder, about, metrics, config)
     replace_file(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
     return state.best
+
+
+def _save_best(
+    state: TrainingState,
+    folder: pathlib.Path,
+    about: dict,
+    metrics: list[dict],
+    config: MetaTrainingConfig,
+) -> dict | None:
+    """Writes the best weights so far; returns their card, or None where none were judged yet."""
+    judged = [record for record in metrics if "robust_accuracy" in record]
+    if not judged:
+        return None
+    selected_at = max(judged, key=lambda record: record["robust_accuracy"])
+    card = {**about, "seconds": metrics[-1]["seconds"], "selected_at": selected_at}
+    save_weights(folder / _WEIGHTS, state.best, config.meta_optimizer, **card)
+    return card
 
 
 def take_part(command: Training) -> None:

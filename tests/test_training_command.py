@@ -21,7 +21,7 @@ from advmeta import cli, processes, training_command
 from advmeta.run_folder import open_folder
 
 TRAINING = {
-    "tasks": [{"optimizee": "linear"}], "selection": [{"optimizee": "linear"}],
+    "tasks": [{"optimizee": "mlp-4"}], "selection": [{"optimizee": "linear"}],
     "meta_optimizer": {"hidden": [4]}, "outer_steps": 6, "lanes": 2, "truncation": 2,
     "horizon": [4, 8], "evaluate_every": 2, "meta_loss": {"loss": "calibrated"},
     "estimator": "backpropagation",
@@ -113,6 +113,10 @@ def test_a_signal_stops_it_where_it_can_go_on(home, undisturbed, monkeypatch, ca
     assert code == 128 + signal.SIGTERM
     assert "SIGTERM: stopped after outer step 4; --resume" in said
     assert not (home / "stopped" / "card.json").exists()
+    so_far = home / "stopped" / "meta_optimizer.safetensors"
+    assert f"The best weights so far: {so_far}" in said
+    assert callable(advmeta.load_meta_optimizer(so_far).update)
+    assert json.loads(so_far.with_suffix(".json").read_text())["stopped_after"] == 4
     with (home / "stopped" / "metrics.jsonl").open("a") as log:
         log.write('{"outer_step": 6, "of": "a run that was killed before its next checkpoint"}\n')
     cli.main([*argv, "--resume", "--tensorboard"])
