@@ -5,9 +5,10 @@
 Digits and an MLP 64-20-10 (1,510 parameters), the shipped configuration. An episode is
 `advmeta.train` with fresh weights; meta-training is `advmeta.outer_step.outer_steps` with PGD on
 held-out examples, an episode of 20 inner steps after the other. Memory is what the compiled program
-says that it needs: arguments, results and temporaries. Compiling is timed at the first call. The
-last rows are one outer step of LSTMs of the default size, (8,), and of the size of the published
-one, (20, 20), with their memory in bfloat16, and without recomputing steps in the backward pass.
+says that it needs: arguments, results and temporaries. Compiling is timed at the first call. Tasks
+are counted with backpropagation and with evolution strategies, the default. The last rows are one
+outer step of LSTMs of the default size, (8,), and of the size of the published one, (20, 20), with
+their memory in bfloat16, and without recomputing steps in the backward pass.
 """
 
 import argparse
@@ -116,6 +117,9 @@ def main() -> None:
             n: meta_training(1, truncation=n, horizon=(10 * n, 10 * n)) for n in TRUNCATIONS[sizes]
         },
         "meta-training, tasks": {n: meta_training(1, lanes=n) for n in LANES[sizes]},
+        "meta-training by evolution strategies, tasks": {
+            n: meta_training(1, lanes=n, estimator="pes") for n in LANES[sizes]
+        },
         "meta-training, LSTM": variants(),
     }
     table = Table("what grows", "to", "ms", "times", "MB", "times", "s to compile")
