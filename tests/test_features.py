@@ -34,10 +34,10 @@ def test_layer_features_of_a_kernel():
     # mean square = (1 + 1 + 9 + 9) / 4 = 5; |w| / RMS has row means 1 / s, 3 / s and column means
     # 2 / s, with s = sqrt(5).
     kernel = jnp.array([[1.0, -1.0], [3.0, 3.0]])
-    position = features.LayerPosition(True, False, False, outputs=1, fan_in=2, fan_out=2)
+    position = features.LayerPosition(True, False, False, outputs=1, fan_in=2, fan_out=2, layers=5)
     tensor, row, column = features.layer_features(kernel, 7 * jnp.ones((2, 2)), position)
     log2, s = np.log(2) / 10, np.sqrt(5)
-    expected = [1, 0, 0, log2, log2, np.log(s) / 10, np.log(7) / 10]
+    expected = [1, 0, 0, log2, log2, np.log(5) / 3, np.log(s) / 10, np.log(7) / 10]
     np.testing.assert_allclose(tensor, expected, atol=1e-6)
     np.testing.assert_allclose(row, np.array([[[1 / s]], [[3 / s]]]), rtol=1e-5)
     np.testing.assert_allclose(column, np.array([[[2 / s], [2 / s]]]), rtol=1e-5)
@@ -58,7 +58,7 @@ def test_scale_of_a_tensor_shows_in_its_rms_alone():
     (position,) = features.layer_positions([kernel])
     small, large = (features.layer_features(c * kernel, kernel, position) for c in (1.0, 1000.0))
     expected = np.array(small[0])
-    expected[5] += np.log(1000) / 10
+    expected[6] += np.log(1000) / 10
     np.testing.assert_allclose(large[0], expected, rtol=1e-4)
     for a, b in zip(small[1:], large[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)

@@ -382,7 +382,7 @@ def test_new_meta_params_are_an_argument_and_not_a_recompilation(name):
 )
 def test_a_readout_of_zero_is_adam_with_the_pull(seen, horizon, paces):
     # tanh 0 = 0 and exp 0 = 1: u = -eta_t (m_hat / (sqrt(v_hat) + eps) + nu rms / (rms + 4 eta) n),
-    # of the gradient g + mu theta, without the last term where the leaf has one axis or none.
+    # of the gradient g + mu theta, without mu and nu where the leaf has one axis or none.
     config = MetaOptimizerConfig((2,), seen, 0.02, regularisation=0.4, pull=0.3)
     meta_params = nominal(random_meta_params(config))
     ours = compile_update(scale_by_meta_optimizer(meta_params, config, Aim(horizon=horizon)))
@@ -394,7 +394,7 @@ def test_a_readout_of_zero_is_adam_with_the_pull(seen, horizon, paces):
         (direction,) = jacobian.pull([theta], features.layer_positions([theta]))
         return 0.02 * 0.3 * rms / (rms + 4 * 0.02) * direction
 
-    adam = optax.chain(optax.add_decayed_weights(0.4), optax.adam(0.02))
+    adam = optax.chain(l2_regularised(0.4), optax.adam(0.02))
 
     def update(gradient, state, params):
         updates, state = adam.update(gradient, state, params)
@@ -408,6 +408,33 @@ def test_a_readout_of_zero_is_adam_with_the_pull(seen, horizon, paces):
     assert_close(loop(ours)[0], expected, rtol=1e-5, atol=1e-7)
 
 
+def l2_regularised(mu, factor=1.0):
+    """Adds factor min(mu, 0.3 rms(g) / rms(theta)) theta to the gradients of kernels."""
+
+    def add(g, theta):
+        if theta.ndim < 2:
+            return g
+        share = 0.3 * jnp.sqrt(jnp.mean(g**2)) / jnp.sqrt(jnp.mean(theta**2) + 1e-6)
+        return g + factor * jnp.minimum(mu, share) * theta
+
+    return optax.stateless(lambda gradients, params: jax.tree.map(add, gradients, params))
+
+
+@pytest.mark.parametrize("mu", [1e-3, 1e3])
+def test_regularisation_cannot_outweigh_the_gradient(mu):
+    # Gradients 1,000 times smaller than their parameters, as early in a deep model: L2 is mu theta
+    # up to 0.3 of the gradient, and Adam goes where the gradient says.
+    config = MetaOptimizerConfig((2,), ("adam",), 0.02, regularisation=mu)
+    meta_params = nominal(random_meta_params(config))
+    ours = compile_update(scale_by_meta_optimizer(meta_params, config))
+    gradient = {"w": jnp.full((2, 2), 1e-3).at[0, 0].set(-1e-3)}
+    params = {"w": jnp.ones((2, 2)).at[1, 1].set(-1.0)}
+    update, _ = ours.update(gradient, ours.init(params), params)
+    np.testing.assert_array_equal(jnp.sign(update["w"]), -jnp.sign(gradient["w"]))
+    expected, _ = loop(optax.chain(l2_regularised(mu), optax.adam(0.02)))
+    assert_close(loop(ours)[0], expected, rtol=1e-5, atol=1e-7)
+
+
 def nominal(meta_params):
     """The same without what the readout and the linear map add."""
     zeros = jax.tree.map(np.zeros_like, meta_params)
@@ -416,20 +443,19 @@ def nominal(meta_params):
 
 
 def test_the_linear_map_is_a_factor_of_each_part():
-    # A bias has no pull, and with one constant feature, "is it a bias", V s is the row of V that
-    # belongs to it: Adam times exp(2 tanh a) of the gradient g + mu exp(2 tanh m) theta.
+    # The only layer is the first, and of this feature V s is the row of V that belongs to it: Adam
+    # times exp(2 tanh a) of the gradient with exp(2 tanh m) times the regularisation.
     config = MetaOptimizerConfig((2,), ("adam", "layer"), 0.02, regularisation=0.4, shift=0.5)
     meta_params = nominal(random_meta_params(config))
-    is_bias, (a, b, m) = 2, (0.3, -0.2, 0.7)
-    meta_params["linear"]["shared_0"]["kernel"][is_bias] = (a, b, m)
+    is_first, (a, b, m) = 0, (0.3, -0.2, 0.7)
+    meta_params["linear"]["shared_0"]["kernel"][is_first] = (a, b, m)
     ours = compile_update(scale_by_meta_optimizer(meta_params, config))
-    adam = optax.chain(
-        optax.add_decayed_weights(0.4 * np.exp(2 * np.tanh(m))), optax.adam(1.0)
-    )  # fmt: skip
+    adam = optax.chain(l2_regularised(0.4, np.exp(2 * np.tanh(m))), optax.adam(1.0))
     expected = [
-        0.02 * (np.exp(2 * np.tanh(a)) * u + 0.5 * np.tanh(b)) for u in biases(loop(adam)[0])
+        jax.tree.map(lambda u: 0.02 * (np.exp(2 * np.tanh(a)) * u + 0.5 * np.tanh(b)), updates)
+        for updates in loop(adam)[0]
     ]
-    assert_close(biases(loop(ours)[0]), expected, rtol=1e-4, atol=1e-6)
+    assert_close(loop(ours)[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_updates_are_bounded_whatever_the_meta_params():

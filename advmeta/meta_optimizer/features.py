@@ -44,6 +44,7 @@ class LayerPosition(NamedTuple):
     fan_in: int
     fan_out: int
     depth: int = 0  # of its layer, among those that have a kernel
+    layers: int = 1  # that have a kernel, in the whole model
 
 
 def log_sign(gradient: Array, p: float = 10.0) -> Array:
@@ -80,11 +81,11 @@ def parameter_features(parameter: Array) -> Array:
 def layer_features(parameter: Array, gradient: Array, position: LayerPosition) -> tuple[Array, ...]:
     """What the coordinate's layer looks like, as three arrays that broadcast to it.
 
-    The tensor: first, last, bias, log fan-in, log fan-out, log RMS, log RMS of its gradient. The
-    row (all weights of one input) and the column (all weights of one output): mean |parameter| over
-    RMS. A layer in the middle is neither first nor last, and not a flag of its own: one that
-    meta-training has never
-    seen raised would feed untrained weights to the LSTM.
+    The tensor: first, last, bias, log fan-in, log fan-out, log of the model's layers, log RMS, log
+    RMS of its gradient. The row (all weights of one input) and the column (all weights of one
+    output): mean |parameter| over RMS. A layer in the middle is neither first nor last, and not a
+    flag of its own: one that meta-training has never seen raised would feed untrained weights to
+    the LSTM.
     """
     rms = root_mean_square(parameter)
     tensor = jnp.array(
@@ -94,6 +95,7 @@ def layer_features(parameter: Array, gradient: Array, position: LayerPosition) -
             position.bias,
             math.log(position.fan_in) / 10,
             math.log(position.fan_out) / 10,
+            math.log(position.layers) / 3,
         ],
         jnp.float32,
     )
@@ -167,6 +169,7 @@ def _position(
         fan_in=max(1, math.prod(shape) // max(1, fan_out)),
         fan_out=max(1, fan_out),
         depth=kernels.index(parent) if parent in kernels else 0,
+        layers=max(1, len(kernels)),
     )
 
 

@@ -20,6 +20,9 @@ B1, B2, EPSILON = 0.9, 0.999, 1e-8
 # A tensor whose RMS is below so many of Adam's steps is pulled in proportion to it: without that a
 # model that has become small is pulled over zero and dies.
 SMALL = 4
+# The nominal L2 term is at most this share of the gradient (RMS): where gradients are tiny, as
+# early in a residual network, Adam would otherwise walk to zero.
+LARGEST_SHARE = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class MetaOptimizerConfig:
         ``update``.
       learning_rate: eta, the step of the nominal Adam that the LSTM modulates. With the feature
         "time" it falls to zero as a half cosine; a third of it where the horizon is not known.
-      regularisation: mu, the nominal L2 regularisation that is a part of Adam's gradient.
+      regularisation: mu, the nominal L2 regularisation of kernels, a part of Adam's gradient.
       pull: nu, the nominal step that makes the model's Jacobian smaller, in units of eta.
       shift: the largest step that the LSTM can take of its own, in units of eta.
       memory_dtype: of the LSTM's memory in the state; "bfloat16" halves it. A step is taken in
@@ -96,9 +99,9 @@ def scale_by_meta_optimizer(
     ``u = eta_t ( shift tanh(b) - exp(2 tanh(a)) m_hat / (sqrt(v_hat) + eps)
     - nu exp(2 tanh(c)) rms / (rms + 4 eta) n )``
 
-    where m_hat and v_hat are the moments of ``g + mu exp(2 tanh(v_phi s)) theta``, n is the
-    gradient, in units of its RMS, of the norm of the model's Jacobian without its activations
-    (`jacobian.gain`), and rms is that of theta's tensor.
+    where m_hat and v_hat are the moments of ``g + min(mu, 0.3 rms(g) / rms) exp(2 tanh(v_phi s))
+    theta``, n is the gradient, in units of its RMS, of the norm of the model's Jacobian without its
+    activations (`jacobian.gain`), and rms is that of theta's tensor.
 
     Each term is there if the features show what it is made of: Adam's direction with "adam", the
     pull with "jacobian". All are bounded: a readout of zero is Adam with L2 regularisation and the
@@ -106,7 +109,7 @@ def scale_by_meta_optimizer(
 
     To first order the Jacobian is what an adversary adds to the loss, in linf by the 1-norm of its
     columns (Goodfellow et al. 2015, section 5, for a linear model). Biases and scales, leaves of
-    rank 1 and 0, are not pulled.
+    rank 1 and 0, are neither pulled nor regularised.
 
     Args:
       meta_params: phi, from `init_meta_params`, `meta_train` or a file. To train them, build the
@@ -169,7 +172,10 @@ def scale_by_meta_optimizer(
         offsets: list[Any] = [
             linear.apply({"params": meta_params.get("linear", {})}, s) for s in shared
         ]
-        mu, nu, direction, normalised = _adam(config, state, gradient, params, offsets)
+        regularised = _regularise(config, leaves, parameters, positions, offsets)
+        mu, nu, direction, normalised = _adam(
+            config, state, gradient, treedef.unflatten(regularised)
+        )
         columns = [_leaves(tree, treedef) for tree in (direction, normalised)]
         pulls = inputs.pulls(config.features, aim, parameters, positions)
         tensors = map(inputs.Coordinates, leaves, *columns, parameters, pulls, positions)
@@ -233,26 +239,33 @@ def check_meta_params(meta_params: MetaParams, config: MetaOptimizerConfig) -> N
             )
 
 
+def _regularise(
+    config: MetaOptimizerConfig, gradients: list, parameters: list, positions: list, offsets: list
+) -> list[Array]:
+    """The gradients with that of the L2 regularisation, which the last of the offsets changes."""
+    if "adam" not in config.features or not config.regularisation:
+        return gradients
+
+    def regularise(g: Array, p: Array, position: features.LayerPosition, offset: Array) -> Array:
+        if position.bias:
+            return g
+        rms = jnp.sqrt(jnp.mean(jnp.square(g)) + 1e-20)
+        largest = LARGEST_SHARE * rms / features.root_mean_square(p)
+        mu = jnp.minimum(config.regularisation, largest) * jnp.exp(2 * jnp.tanh(offset[..., -1]))
+        return g + mu * p
+
+    return list(map(regularise, gradients, parameters, positions, offsets))
+
+
 def _adam(
     config: MetaOptimizerConfig,
     state: ScaleByMetaOptimizerState,
     gradient: optax.Updates,
-    params: Params | None,
-    offsets: list[Any],
+    regularised: optax.Updates,
 ):
-    """Adam's moments, its direction and the gradient in the same units (algorithm 1).
-
-    The last of a tensor's offsets changes its regularisation.
-    """
+    """Adam's moments, its direction and the gradient in the same units (algorithm 1)."""
     if "adam" not in config.features:
         return None, None, None, None
-    regularised = gradient
-    if config.regularisation:
-        factors = jax.tree.unflatten(
-            jax.tree.structure(gradient),
-            [config.regularisation * jnp.exp(2 * jnp.tanh(o[..., -1])) for o in offsets],
-        )
-        regularised = jax.tree.map(lambda g, p, mu: g + mu * p, gradient, params, factors)
     mu = jax.tree.map(lambda m, g: B1 * m + (1 - B1) * g, state.mu, regularised)
     nu = jax.tree.map(lambda v, g: B2 * v + (1 - B2) * jnp.square(g), state.nu, regularised)
     t = optax.safe_increment(state.count)
