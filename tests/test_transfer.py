@@ -66,6 +66,13 @@ def test_weight_decay_of_each_baseline_is_its_textbook_one(name):
     np.testing.assert_allclose(second, [momentum * expected], rtol=1e-3)
 
 
+def test_a_cell_may_have_fewer_examples_to_tune_and_train_on():
+    cell = transfer.Cell("few", "digits", "linear", 0.1, train_examples=100)
+    tuning, task = transfer.make_tasks(transfer.TransferConfig(batch_size=16), cell)
+    assert (len(tuning.train.y), len(tuning.held_out.y), len(task.train.y)) == (80, 20, 100)
+    assert len(task.held_out.y) == len(advmeta.data.load("digits").test.y)
+
+
 def test_unknown_rows_list_the_known_ones():
     with pytest.raises(ValueError, match=r"rows=\['mart'\] are unknown; .*'adam', .*'trades'"):
         transfer.TransferConfig(rows=("adam", "mart"))

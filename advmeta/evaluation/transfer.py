@@ -43,6 +43,7 @@ class Cell:
     Args:
       setting: what is new in it, for people.
       dataset, optimizee, norm, epsilon: as in `TaskConfig`.
+      train_examples: drawn from the training set; None: all of it.
     """
 
     setting: str
@@ -50,6 +51,7 @@ class Cell:
     optimizee: str
     epsilon: float
     norm: Norm = "linf"
+    train_examples: int | None = None
 
     def __post_init__(self):
         ThreatModel(self.norm, self.epsilon)
@@ -203,7 +205,7 @@ def cell_keys(key: Key, index: int) -> Key:
 
 def make_tasks(config: TransferConfig, cell: Cell) -> tuple[Task, Task]:
     """The task to tune on, cut from the training set, and the one to report."""
-    dataset = data.load(cell.dataset)
+    dataset = data.load(cell.dataset, train_examples=cell.train_examples)
     rest, validation = data.split(dataset.train, config.validation)
     make = functools.partial(
         Task,
