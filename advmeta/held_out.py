@@ -98,11 +98,12 @@ def held_out_accuracy(
     *,
     attack_steps: int = 40,
     restarts: int = 3,
-    loss: Loss = cross_entropy,
+    loss: Loss = margin,
 ) -> Accuracy:
     """Clean accuracy, and robust accuracy under PGD, the worst restart for each example.
 
-    ``loss`` is what the attack raises.
+    ``loss`` is what the attack raises: the margin, since the cross-entropy finds less where logits
+    are small, as those of strongly regularised models are.
     """
     logits_fn = Partial(task.optimizee.apply, params)
     x, y = task.held_out

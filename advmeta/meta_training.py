@@ -11,10 +11,9 @@ import optax
 from jax.sharding import Mesh
 
 from advmeta import inner_gradients
-from advmeta.attacks.losses import margin
 from advmeta.attacks.validation import check_attack_inputs
 from advmeta.held_out import Accuracy, held_out_accuracy
-from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
+from advmeta.meta_optimizer.transform import is_beyond_nominal, scale_by_meta_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.outer_step import OuterInfo, OuterState, init_outer, outer_steps
 from advmeta.sharding import check_mesh, lay_out, on_every_device
@@ -177,7 +176,8 @@ def _steps_a_call(config: MetaTrainingConfig) -> int:
 
 def default_outer_optimizer(config: MetaTrainingConfig) -> optax.GradientTransformation:
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.outer_steps)
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
+    adamw = optax.adamw(schedule, weight_decay=config.weight_decay, mask=is_beyond_nominal)
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -198,7 +198,7 @@ def evaluate(
         aim = aim_at(task.threat_model, steps)
         optimizer = scale_by_meta_optimizer(meta_params, config.meta_optimizer, aim)
         params, _ = train(task, optimizer, train_key, steps=steps, inner_gradient=inner_gradient)
-        return held_out_accuracy(task, params, attack_key, attack_steps=20, restarts=1, loss=margin)
+        return held_out_accuracy(task, params, attack_key, attack_steps=20, restarts=1)
 
     keys = jax.random.split(key, repeats)
     results = [jax.vmap(functools.partial(run, family))(keys) for family in families]

@@ -32,7 +32,9 @@ class MetaTrainingConfig:
       sigma: standard deviation of the perturbations of "pes" and "nres".
       recompute: what backpropagation computes once more in the place of keeping it in memory: each
         inner "step", or "nothing", for machines whose memory is faster than their arithmetic.
-      learning_rate: of the outer Adam, at its start; it follows a cosine to zero.
+      learning_rate: of the outer AdamW, at its start; it follows a cosine to zero.
+      weight_decay: of the readout and the linear map (as in AdamW): towards the nominal rule, where
+        few tasks say anything.
       clip: global norm that meta-gradients are clipped to.
       average: decay of the moving average of the meta-parameters, which is what is evaluated.
       evaluate_every: outer steps between evaluations.
@@ -56,9 +58,10 @@ class MetaTrainingConfig:
     horizon: tuple[int, int] = (100, 200)
     horizon_known: float = 0.75
     estimator: Literal["pes", "nres", "backpropagation"] = "pes"
-    sigma: float = 0.07
+    sigma: float = 0.04
     recompute: Literal["step", "nothing"] = "step"
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
+    weight_decay: float = 2.0
     clip: float = 1.0
     average: float = 0.98
     evaluate_every: int = 20

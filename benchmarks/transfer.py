@@ -109,7 +109,7 @@ def main() -> None:
     )  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
     optimizer = functools.partial(advmeta.load_meta_optimizer, arguments.weights)
-    records = _table(config, optimizer, arguments.output)
+    records = _table(config, optimizer, arguments.output, check=True)
     nominal = _table(dataclasses.replace(config, rows=()), untrained, arguments.output / "nominal")
     records += [record | {"optimizer": "nominal rule"} for record in nominal]
     card = {"weights": arguments.weights, **environment.describe()}
@@ -122,9 +122,11 @@ def main() -> None:
             print(json.dumps(line))
 
 
-def _table(config: TransferConfig, optimizer: MakeMetaOptimizer, folder: pathlib.Path) -> list:
+def _table(
+    config: TransferConfig, optimizer: MakeMetaOptimizer, folder: pathlib.Path, check: bool = False
+) -> list:
     folder.mkdir(parents=True, exist_ok=True)
-    make_table(config, optimizer, 0, folder, Console())
+    make_table(config, optimizer, 0, folder, Console(), check=check)
     return json.loads((folder / "results.json").read_text())
 
 

@@ -5,7 +5,6 @@ import re
 
 import jax
 import numpy as np
-import optax
 import pytest
 from fixtures.tiny import CLASSES, random_like, random_meta_params, tiny_family
 from fixtures.tiny import compile_fast as compile_fast
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from advmeta import optimizees
 from advmeta.meta_loss import MetaLossConfig
 from advmeta.meta_optimizer import MetaOptimizerConfig, scale_by_meta_optimizer
+from advmeta.meta_training import default_outer_optimizer
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.outer_step import init_outer, outer_steps
 from advmeta.sharding import check_mesh, on_every_device
@@ -29,8 +29,7 @@ CONFIG = MetaTrainingConfig(
     meta_loss=MetaLossConfig(loss="calibrated", every=1),
 )
 KEY = jax.random.key(0)
-# Not Adam: one bias for all logits moves no softmax, and Adam makes steps of what rounding leaves.
-OUTER = optax.sgd(1.0)
+OUTER = default_outer_optimizer(CONFIG)
 LINEAR = optimizees.linear(num_classes=CLASSES)
 
 

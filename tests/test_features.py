@@ -34,10 +34,11 @@ def test_layer_features_of_a_kernel():
     # mean square = (1 + 1 + 9 + 9) / 4 = 5; |w| / RMS has row means 1 / s, 3 / s and column means
     # 2 / s, with s = sqrt(5).
     kernel = jnp.array([[1.0, -1.0], [3.0, 3.0]])
-    position = features.LayerPosition(True, False, False, outputs=1, fan_in=2, fan_out=2, layers=5)
+    position = features.LayerPosition(True, False, False, outputs=1, fan_in=2, fan_out=2, layers=5,
+                                      convolutional=True)  # fmt: skip
     tensor, row, column = features.layer_features(kernel, 7 * jnp.ones((2, 2)), position)
     log2, s = np.log(2) / 10, np.sqrt(5)
-    expected = [1, 0, 0, log2, log2, np.log(5) / 3, np.log(s) / 10, np.log(7) / 10]
+    expected = [1, 0, 0, log2, log2, np.log(5) / 3, 1, 0, np.log(s) / 10, np.log(7) / 10]
     np.testing.assert_allclose(tensor, expected, atol=1e-6)
     np.testing.assert_allclose(row, np.array([[[1 / s]], [[3 / s]]]), rtol=1e-5)
     np.testing.assert_allclose(column, np.array([[[2 / s], [2 / s]]]), rtol=1e-5)
@@ -58,7 +59,7 @@ def test_scale_of_a_tensor_shows_in_its_rms_alone():
     (position,) = features.layer_positions([kernel])
     small, large = (features.layer_features(c * kernel, kernel, position) for c in (1.0, 1000.0))
     expected = np.array(small[0])
-    expected[6] += np.log(1000) / 10
+    expected[8] += np.log(1000) / 10
     np.testing.assert_allclose(large[0], expected, rtol=1e-4)
     for a, b in zip(small[1:], large[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -92,6 +93,26 @@ def test_positions_of_any_tree():
     assert (conv_bias.first, conv_bias.bias, conv_bias.fan_in, conv_bias.fan_out) == (
         True, True, 1, 8)  # fmt: skip
     assert (dense.first, dense.last, dense_bias.last) == (False, True, True)
+
+
+def test_what_a_model_has_is_known_of_each_tensor():
+    def kinds(params):
+        return {(p.convolutional, p.normalised) for p in features.layer_positions(params)}
+
+    eqx_norm = eqx.nn.LayerNorm(4)
+    assert kinds([layer(3, 4), layer(4, 2)]) == {(False, False)}
+    assert kinds([layer(3, 3, 1, 4), layer(4, 2)]) == {(True, False)}
+    assert kinds([layer(3, 4), {"scale": np.ones(4)}]) == {(False, True)}
+    assert kinds([layer(3, 4), eqx_norm]) == {(False, True)}
+    assert kinds([np.zeros((3, 4)), np.zeros(4)]) == {(False, False)}  # a bias, presumably
+
+
+@pytest.mark.parametrize(
+    ("horizon", "steps"), [(None, 40), (0, 40), (1000, 40), (100, 20), (25, 5), (2, 1)]
+)
+def test_warm_up_takes_40_steps_or_a_fifth_of_the_horizon(horizon, steps):
+    shares = [float(features.warm_up(jnp.int32(t), horizon)) for t in range(steps + 1)]
+    np.testing.assert_allclose(shares, [*(np.arange(1, steps + 1) / steps), 1], rtol=1e-6)
 
 
 def test_positions_without_kernels_or_without_anything():

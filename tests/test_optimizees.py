@@ -10,6 +10,7 @@ from fixtures.tiny import tiny_task
 
 from advmeta import optimizees
 from advmeta.meta_optimizer import (
+    Aim,
     MetaOptimizerConfig,
     init_meta_params,
     scale_by_meta_optimizer,
@@ -190,13 +191,12 @@ def plain_functions():
 def test_the_meta_optimizer_trains_any_model(make):
     # 3 classes: at chance the loss is log 3 = 1.1.
     task = tiny_task(make(), batch_size=16)
-    # The pull that is right for images holds Equinox's 8 units, which start small, near zero.
-    config = MetaOptimizerConfig(hidden=(2,), learning_rate=0.03, pull=0.1)
+    config, aim = MetaOptimizerConfig(hidden=(2,), learning_rate=0.03), Aim(horizon=150)
     meta_params = jax.jit(functools.partial(init_meta_params, config))(KEY)
 
     @jax.jit
     def run(key):
-        return train(task, scale_by_meta_optimizer(meta_params, config), key, steps=300)
+        return train(task, scale_by_meta_optimizer(meta_params, config, aim), key, steps=150)
 
     params, trajectory = run(jax.random.key(1))
     assert trajectory.loss[-10:].mean() < 0.5 * trajectory.loss[0]

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from fixtures.tiny import compile_fast as compile_fast
 from rich.console import Console
@@ -80,7 +79,7 @@ def test_unknown_rows_list_the_known_ones():
 
 def tuned_adam(aim):
     """In the place of the meta-optimizer: what tuning finds."""
-    return optax.adam(optax.cosine_decay_schedule(3e-2, aim.horizon))
+    return baselines.adam(baselines.Hyperparameters(3e-2, 0.0, 0.0, 1.0), aim.horizon)
 
 
 def mark(task, params, key, records):

@@ -375,14 +375,15 @@ def test_new_meta_params_are_an_argument_and_not_a_recompilation(name):
     ("seen", "horizon", "paces"),
     [
         (FEATURES[:5], 8, [1, 1, 1, 1]),  # which is not told the time
-        (FEATURES, None, [1 / 3] * 4),
+        # A third, warmed up over 40 steps.
+        (FEATURES, None, [1 / 120, 2 / 120, 3 / 120, 4 / 120]),
         # sin^2(pi/2 (1 - t/2)) = 1, 1/2, 0, and nothing after the horizon.
         (FEATURES, 2, [1, 0.5, 0, 0]),
     ],
 )
 def test_a_readout_of_zero_is_adam_with_the_pull(seen, horizon, paces):
     # tanh 0 = 0 and exp 0 = 1: u = -eta_t (m_hat / (sqrt(v_hat) + eps) + nu rms / (rms + 4 eta) n),
-    # of the gradient g + mu theta, without mu and nu where the leaf has one axis or none.
+    # of the gradient g + mu theta, without the last term where the leaf has one axis or none.
     config = MetaOptimizerConfig((2,), seen, 0.02, regularisation=0.4, pull=0.3)
     meta_params = nominal(random_meta_params(config))
     ours = compile_update(scale_by_meta_optimizer(meta_params, config, Aim(horizon=horizon)))
@@ -409,11 +410,9 @@ def test_a_readout_of_zero_is_adam_with_the_pull(seen, horizon, paces):
 
 
 def l2_regularised(mu, factor=1.0):
-    """Adds factor min(mu, 0.3 rms(g) / rms(theta)) theta to the gradients of kernels."""
+    """Adds factor min(mu, 0.3 rms(g) / rms(theta)) theta to the gradients."""
 
     def add(g, theta):
-        if theta.ndim < 2:
-            return g
         share = 0.3 * jnp.sqrt(jnp.mean(g**2)) / jnp.sqrt(jnp.mean(theta**2) + 1e-6)
         return g + factor * jnp.minimum(mu, share) * theta
 
@@ -435,6 +434,23 @@ def test_regularisation_cannot_outweigh_the_gradient(mu):
     assert_close(loop(ours)[0], expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_model_that_normalises_is_regularised_and_pulled_a_tenth():
+    plain, scaled = (
+        tuple({"kernel": tree["layer_0"]["kernel"], **more} for tree in (GRADIENTS_T, PARAMS_T))
+        for more in ({}, {"scale": np.ones((STEPS, 2), np.float32)})
+    )
+
+    def run(trees, **constants):
+        config = MetaOptimizerConfig((2,), ("adam", "jacobian"), 0.02, **constants)
+        meta_params = nominal(random_meta_params(config))
+        updates, _ = loop(compile_update(scale_by_meta_optimizer(meta_params, config)), *trees)
+        return [update["kernel"] for update in updates]
+
+    whole, tenth = {"regularisation": 0.1, "pull": 0.5}, {"regularisation": 0.01, "pull": 0.05}
+    assert_close(run(scaled, **whole), run(plain, **tenth))
+    assert float(jnp.abs(run(plain, **whole)[0] - run(plain, **tenth)[0]).max()) > 1e-3
+
+
 def nominal(meta_params):
     """The same without what the readout and the linear map add."""
     zeros = jax.tree.map(np.zeros_like, meta_params)
@@ -443,12 +459,13 @@ def nominal(meta_params):
 
 
 def test_the_linear_map_is_a_factor_of_each_part():
-    # The only layer is the first, and of this feature V s is the row of V that belongs to it: Adam
-    # times exp(2 tanh a) of the gradient with exp(2 tanh m) times the regularisation.
+    # The only layer is the first, and of this feature 3 V s is three times its row of V: Adam times
+    # exp(2 tanh a) of the gradient with exp(2 tanh m) times the regularisation.
     config = MetaOptimizerConfig((2,), ("adam", "layer"), 0.02, regularisation=0.4, shift=0.5)
     meta_params = nominal(random_meta_params(config))
-    is_first, (a, b, m) = 0, (0.3, -0.2, 0.7)
-    meta_params["linear"]["shared_0"]["kernel"][is_first] = (a, b, m)
+    is_first, (a, m), b = 0, (0.3, 0.7), -0.2
+    meta_params["linear"]["shared_0"]["kernel"][is_first] = (a / 3, m / 3)
+    meta_params["lstm"]["readout"]["bias"][:] = (0, b)  # the shift is the readout's alone
     ours = compile_update(scale_by_meta_optimizer(meta_params, config))
     adam = optax.chain(l2_regularised(0.4, np.exp(2 * np.tanh(m))), optax.adam(1.0))
     expected = [

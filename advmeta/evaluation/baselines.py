@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from advmeta.inner_gradients import RECIPES, InnerGradient, noisy
+from advmeta.meta_optimizer.features import warm_up
 from advmeta.tasks import Task
 from advmeta.types import Array, Key, Params
 
@@ -82,7 +84,12 @@ def adamw(point: Hyperparameters, steps: int) -> optax.GradientTransformation:
 
 def _schedule(point: Hyperparameters, steps: int) -> optax.Schedule:
     falling = optax.cosine_decay_schedule(1.0, steps)
-    return lambda count: point.learning_rate * jnp.where(point.annealed, falling(count), 1.0)
+
+    def rate(count: ArrayLike) -> Array:
+        rising = warm_up(count, steps)
+        return point.learning_rate * rising * jnp.where(point.annealed, falling(count), 1.0)
+
+    return rate
 
 
 def one_of(

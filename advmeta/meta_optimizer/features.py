@@ -17,6 +17,8 @@ from advmeta.types import Array, Norm, Params
 
 FEATURES = ("log_sign", "adam", "parameter", "jacobian", "layer", "aim", "time")
 TYPICAL_EPSILON = {"linf": 0.1, "l2": 1.0}
+WARM_UP = 40  # inner steps
+_SCALES = ((DictKey("scale"),), (GetAttrKey("scale"),), (GetAttrKey("weight"),))
 
 
 class Aim(NamedTuple):
@@ -45,6 +47,8 @@ class LayerPosition(NamedTuple):
     fan_out: int
     depth: int = 0  # of its layer, among those that have a kernel
     layers: int = 1  # that have a kernel, in the whole model
+    convolutional: bool = False  # the model has a kernel of rank 3 or more
+    normalised: bool = False  # the model has scales, which follow a normalisation
 
 
 def log_sign(gradient: Array, p: float = 10.0) -> Array:
@@ -81,11 +85,11 @@ def parameter_features(parameter: Array) -> Array:
 def layer_features(parameter: Array, gradient: Array, position: LayerPosition) -> tuple[Array, ...]:
     """What the coordinate's layer looks like, as three arrays that broadcast to it.
 
-    The tensor: first, last, bias, log fan-in, log fan-out, log of the model's layers, log RMS, log
-    RMS of its gradient. The row (all weights of one input) and the column (all weights of one
-    output): mean |parameter| over RMS. A layer in the middle is neither first nor last, and not a
-    flag of its own: one that meta-training has never seen raised would feed untrained weights to
-    the LSTM.
+    The tensor: first, last, bias, log fan-in, log fan-out; of its model, log of the layers, whether
+    it has convolutions and normalisations; log RMS, log RMS of its gradient. The row (all weights
+    of one input) and the column (all weights of one output): mean |parameter| over RMS. A layer in
+    the middle is neither first nor last, and not a flag of its own: one that meta-training has
+    never seen raised would feed untrained weights to the LSTM.
     """
     rms = root_mean_square(parameter)
     tensor = jnp.array(
@@ -96,6 +100,8 @@ def layer_features(parameter: Array, gradient: Array, position: LayerPosition) -
             math.log(position.fan_in) / 10,
             math.log(position.fan_out) / 10,
             math.log(position.layers) / 3,
+            position.convolutional,
+            position.normalised,
         ],
         jnp.float32,
     )
@@ -137,21 +143,39 @@ def time_features(aim: Aim, count: Array) -> Array:
     return jnp.stack([elapsed, known, known * left])
 
 
+def warm_up(count: ArrayLike, horizon: ArrayLike | None) -> Array:
+    """The share of the step to take, []: it rises to 1 over 40 steps or a fifth of the horizon.
+
+    Adam's first steps are of full length in all weights at once; where inputs are many and all
+    positive they kill most units. Ma and Yarats 2021 (arXiv:1910.04209) give the linear form.
+    """
+    steps = jnp.float32(WARM_UP)
+    if horizon is not None:  # of zero: not known
+        horizon = jnp.asarray(horizon, jnp.float32)
+        steps = jnp.where(horizon > 0, jnp.clip(horizon / 5, 1, WARM_UP), steps)
+    return jnp.minimum(1, (jnp.asarray(count, jnp.float32) + 1) / steps)
+
+
 def layer_positions(params: Params) -> list[LayerPosition]:
     """The position of every leaf, in the order of `jax.tree.leaves`.
 
     A layer is a set of leaves with the same parent, and layers follow each other as their names
     do, with numbers compared as numbers. First and last are counted over the layers that have a
     kernel, a leaf of rank 2 or more. Its axes are (..., inputs, outputs), but (outputs, inputs,
-    ...) where it is the attribute ``weight`` of a module, as in Equinox.
+    ...) where it is the attribute ``weight`` of a module, as in Equinox. A scale is a leaf of rank
+    1 with the key ``scale`` (Flax, Haiku) or the attribute ``scale`` or ``weight``.
     """
     leaves = [(_unboxed(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     parents = [_natural_order(path[:-1]) for path, _ in leaves]
     kernels = sorted({q for q, (_, x) in zip(parents, leaves, strict=True) if jnp.ndim(x) >= 2})
-    return [
+    positions = [
         _position(path, parent, jnp.shape(x), kernels)
         for parent, (path, x) in zip(parents, leaves, strict=True)
     ]
+    of_leaves = list(zip(positions, leaves, strict=True))
+    convolutional = any(jnp.ndim(x) > 2 and not q.bias for q, (_, x) in of_leaves)
+    normalised = any(jnp.ndim(x) == 1 and path[-1:] in _SCALES for _, (path, x) in of_leaves)
+    return [p._replace(convolutional=convolutional, normalised=normalised) for p in positions]
 
 
 def _position(

@@ -23,6 +23,12 @@ SMALL = 4
 # The nominal L2 term is at most this share of the gradient (RMS): where gradients are tiny, as
 # early in a residual network, Adam would otherwise walk to zero.
 LARGEST_SHARE = 0.3
+# In a model that normalises, the size of a kernel says little of how far its inputs move the
+# outputs: L2 and pull are this share of what they are elsewhere.
+NORMALISED = 0.1
+# The linear map has few weights, which say much of the whole training: a step of meta-training, and
+# a perturbation of evolution strategies, moves it by so much more.
+LINEAR_SCALE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +44,9 @@ class MetaOptimizerConfig:
         and left). "parameter", "jacobian", "layer" and regularisation need ``params`` in
         ``update``.
       learning_rate: eta, the step of the nominal Adam that the LSTM modulates. With the feature
-        "time" it falls to zero as a half cosine; a third of it where the horizon is not known.
-      regularisation: mu, the nominal L2 regularisation of kernels, a part of Adam's gradient.
+        "time" it is warmed up over 40 steps, or a fifth of the horizon, and falls to zero as a half
+        cosine; where the horizon is not known it stays at a third.
+      regularisation: mu, the nominal L2 regularisation, a part of Adam's gradient.
       pull: nu, the nominal step that makes the model's Jacobian smaller, in units of eta.
       shift: the largest step that the LSTM can take of its own, in units of eta.
       memory_dtype: of the LSTM's memory in the state; "bfloat16" halves it. A step is taken in
@@ -93,13 +100,13 @@ def scale_by_meta_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The update that a coordinate-wise LSTM makes of a gradient; it needs no learning rate.
 
-    ``a, b, c = LSTM_phi(features(g, theta)) + V_phi s``  for each coordinate, with s what rows and
-    tensors share, and
+    ``a, c, b = LSTM_phi(features(g, theta)) + 3 (V_phi s, 0)``  for each coordinate, with s what
+    rows and tensors share, and
 
     ``u = eta_t ( shift tanh(b) - exp(2 tanh(a)) m_hat / (sqrt(v_hat) + eps)
     - nu exp(2 tanh(c)) rms / (rms + 4 eta) n )``
 
-    where m_hat and v_hat are the moments of ``g + min(mu, 0.3 rms(g) / rms) exp(2 tanh(v_phi s))
+    where m_hat and v_hat are the moments of ``g + min(mu, 0.3 rms(g) / rms) exp(2 tanh(3 v_phi s))
     theta``, n is the gradient, in units of its RMS, of the norm of the model's Jacobian without its
     activations (`jacobian.gain`), and rms is that of theta's tensor.
 
@@ -109,7 +116,7 @@ def scale_by_meta_optimizer(
 
     To first order the Jacobian is what an adversary adds to the loss, in linf by the 1-norm of its
     columns (Goodfellow et al. 2015, section 5, for a linear model). Biases and scales, leaves of
-    rank 1 and 0, are neither pulled nor regularised.
+    rank 1 and 0, are not pulled. In a model with scales mu and nu are a tenth of the config's.
 
     Args:
       meta_params: phi, from `init_meta_params`, `meta_train` or a file. To train them, build the
@@ -170,7 +177,8 @@ def scale_by_meta_optimizer(
         layers = zip(parameters, leaves, positions, strict=True)
         shared = [inputs.share(config.features, *layer) + situation for layer in layers]
         offsets: list[Any] = [
-            linear.apply({"params": meta_params.get("linear", {})}, s) for s in shared
+            LINEAR_SCALE * linear.apply({"params": meta_params.get("linear", {})}, s)
+            for s in shared
         ]
         regularised = _regularise(config, leaves, parameters, positions, offsets)
         mu, nu, direction, normalised = _adam(
@@ -198,7 +206,7 @@ def scale_by_meta_optimizer(
         else:
             readout, updated = lstm.apply({"params": meta_params["lstm"]}, own, shared, wide)
         updated = jax.tree.map(lambda new, old: new.astype(old.dtype), updated, memory)
-        return pace * _update_rule(config, readout + offset[..., :-1], tensor), updated
+        return pace * _update_rule(config, readout, offset, tensor), updated
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -220,9 +228,17 @@ def init_meta_params(config: MetaOptimizerConfig, key: Key) -> MetaParams:
 
 
 def _networks(config: MetaOptimizerConfig) -> tuple[LSTM, Linear]:
-    """Those of phi; the last output of the second is the regularisation's."""
-    outputs = 1 + ("adam" in config.features) + ("jacobian" in config.features)
-    return LSTM(config.hidden, outputs), Linear(outputs + 1)
+    """Those of phi. Both have an output for each factor; the LSTM's last is the shift, the linear
+    map's last the factor of the regularisation."""
+    factors = ("adam" in config.features) + ("jacobian" in config.features)
+    return LSTM(config.hidden, factors + 1), Linear(factors + 1)
+
+
+def is_beyond_nominal(meta_params: MetaParams) -> PyTree:
+    """For each leaf whether the nominal rule has it zero: the readout and the linear map."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[0].key == "linear" or path[1].key == "readout", meta_params
+    )
 
 
 def check_meta_params(meta_params: MetaParams, config: MetaOptimizerConfig) -> None:
@@ -247,11 +263,10 @@ def _regularise(
         return gradients
 
     def regularise(g: Array, p: Array, position: features.LayerPosition, offset: Array) -> Array:
-        if position.bias:
-            return g
+        mu = config.regularisation * _share(position)
         rms = jnp.sqrt(jnp.mean(jnp.square(g)) + 1e-20)
         largest = LARGEST_SHARE * rms / features.root_mean_square(p)
-        mu = jnp.minimum(config.regularisation, largest) * jnp.exp(2 * jnp.tanh(offset[..., -1]))
+        mu = jnp.minimum(mu, largest) * jnp.exp(2 * jnp.tanh(offset[..., -1]))
         return g + mu * p
 
     return list(map(regularise, gradients, parameters, positions, offsets))
@@ -276,24 +291,34 @@ def _adam(
 
 
 def _pace(config: MetaOptimizerConfig, aim: Aim, count: Array) -> Array:
-    """eta_t / eta: a half cosine over the horizon, 1/3 where it is not known; 1 without time."""
+    """eta_t / eta: warmed up, then a half cosine, or 1/3 where the horizon is not known."""
     if "time" not in config.features:
         return jnp.ones([])
     _, known, left = features.time_features(aim, count)
-    return jnp.where(known > 0, jnp.square(jnp.sin(0.5 * jnp.pi * left)), 1 / 3)
+    falling = jnp.where(known > 0, jnp.square(jnp.sin(0.5 * jnp.pi * left)), 1 / 3)
+    return falling * features.warm_up(count, aim.horizon)
 
 
-def _update_rule(config: MetaOptimizerConfig, readout: Array, tensor: inputs.Coordinates) -> Array:
+def _update_rule(
+    config: MetaOptimizerConfig, readout: Array, offset: Array, tensor: inputs.Coordinates
+) -> Array:
     """The equation of `scale_by_meta_optimizer`, over the pace."""
-    bounded = list(jnp.moveaxis(jnp.tanh(readout), -1, 0))
-    update = config.shift * bounded.pop()
+    update = config.shift * jnp.tanh(readout[..., -1])
+    factors = jnp.exp(2 * jnp.tanh(readout[..., :-1] + offset[..., :-1]))
+    factors = list(jnp.moveaxis(factors, -1, 0))
     if "adam" in config.features:
-        update -= jnp.exp(2 * bounded.pop()) * tensor.direction
+        update -= factors.pop() * tensor.direction
     if "jacobian" in config.features and not tensor.position.bias:
         rms = features.root_mean_square(tensor.parameter)
         strength = config.pull * rms / (rms + SMALL * config.learning_rate)
-        update -= strength * jnp.exp(2 * bounded.pop()) * tensor.pull
+        strength *= _share(tensor.position)
+        update -= strength * factors.pop() * tensor.pull
     return config.learning_rate * update
+
+
+def _share(position: features.LayerPosition) -> float:
+    """Of the L2 and of the pull."""
+    return NORMALISED if position.normalised else 1.0
 
 
 def _float32(x: Array) -> Array:
