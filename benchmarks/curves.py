@@ -20,6 +20,7 @@ from rich.console import Console
 import advmeta
 from advmeta.evaluation.transfer import META_OPTIMIZER, Cell, TransferConfig, transfer_cells
 from advmeta.report.plots import mean_curve
+from advmeta.run_folder import replace_file
 from benchmarks.transfer import ROWS
 
 MODEL = "mlp-20"
@@ -101,7 +102,7 @@ def main() -> None:
                     transfer_cells(table, optimizer, key=jax.random.key(0), report=console.print)
                 )
                 records += found
-                file.write_text(json.dumps(records, indent=1) + "\n")
+                replace_file(file, (json.dumps(records, indent=1) + "\n").encode())
         tables[dataset] = records
         (folder / f"{dataset}.md").write_text(advmeta.report.markdown(records))
     plot(arguments.axis, tables, folder / "curves.png")

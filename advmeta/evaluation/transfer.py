@@ -84,7 +84,7 @@ class TransferConfig:
       validation: fraction of the training set on which the grid is judged.
       attack: what gives robust accuracy on the test set, "pgd" or "autoattack"; the second, its
         standard version, comes with PGD's number beside it.
-      attack_steps, restarts: of that PGD.
+      attack_steps, restarts: of that PGD, which raises the margin.
     """
 
     cells: tuple[Cell, ...] = CELLS
@@ -326,7 +326,7 @@ def _records(
         "optimizer": entry.optimizer,
         "inner_gradient": entry.inner_gradient,
         "inner_steps": config.inner_steps,
-        "attack": f"pgd-{config.attack_steps}x{config.restarts}",
+        "attack": f"pgd-margin-{config.attack_steps}x{config.restarts}",
         "gradient_evaluations": evaluations,
         "adversarial_examples": examples,
         "tuning_gradient_evaluations": evaluations * entry.tuning_runs,

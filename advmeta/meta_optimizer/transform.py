@@ -39,8 +39,8 @@ class MetaOptimizerConfig:
       hidden: units of each LSTM layer.
       features: of `FEATURES`: "log_sign" (gradient), "adam" (normalised momentum and gradient),
         "parameter" (in units of its tensor's RMS), "jacobian" (`jacobian.pull`), "layer" (position,
-        fan-in, fan-out, RMS, RMS of the
-        gradient, row and column means), "aim" (norm and epsilon), "time" (steps taken
+        fan-in, fan-out, RMS, RMS of the gradient, row and column means; layers, convolutions and
+        normalisations of the model), "aim" (norm and epsilon), "time" (steps taken
         and left). "parameter", "jacobian", "layer" and regularisation need ``params`` in
         ``update``.
       learning_rate: eta, the step of the nominal Adam that the LSTM modulates. With the feature
@@ -291,7 +291,7 @@ def _adam(
 
 
 def _pace(config: MetaOptimizerConfig, aim: Aim, count: Array) -> Array:
-    """eta_t / eta: warmed up, then a half cosine, or 1/3 where the horizon is not known."""
+    """eta_t / eta: warmed up, then a half cosine, or 1/3 without a horizon; 1 without time."""
     if "time" not in config.features:
         return jnp.ones([])
     _, known, left = features.time_features(aim, count)
