@@ -14,7 +14,7 @@ from advmeta.held_out import held_out_accuracy as held_out_accuracy
 from advmeta.meta_optimizer.features import Aim as Aim
 from advmeta.meta_optimizer.pretrained import list_pretrained as list_pretrained
 from advmeta.meta_optimizer.pretrained import load_meta_optimizer as load_meta_optimizer
-from advmeta.meta_optimizer.transform import MetaOptimizerConfig as MetaOptimizerConfig
+from advmeta.meta_optimizer.rule import MetaOptimizerConfig as MetaOptimizerConfig
 from advmeta.meta_optimizer.transform import init_meta_params as init_meta_params
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer as scale_by_meta_optimizer
 from advmeta.meta_optimizer.weights import load_weights as load_weights

@@ -5,7 +5,7 @@ from typing import Literal
 
 from advmeta import inner_gradients
 from advmeta.meta_loss import MetaLossConfig
-from advmeta.meta_optimizer.transform import MetaOptimizerConfig
+from advmeta.meta_optimizer.rule import MetaOptimizerConfig
 from advmeta.task_families import TaskConfig
 
 
@@ -58,9 +58,9 @@ class MetaTrainingConfig:
     horizon: tuple[int, int] = (100, 200)
     horizon_known: float = 0.75
     estimator: Literal["pes", "nres", "backpropagation"] = "pes"
-    sigma: float = 0.04
+    sigma: float = 8e-3
     recompute: Literal["step", "nothing"] = "step"
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
     weight_decay: float = 2.0
     clip: float = 1.0
     average: float = 0.98

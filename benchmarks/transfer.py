@@ -5,7 +5,8 @@
 The pairs of data set and architecture below were written down before the meta-training of the
 weights that are shipped; no meta-training and no selection touched them, and Fashion-MNIST is in
 neither. Beside the weights stands the rule that their meta-training began with, whose constants
-were chosen on draws of the training part of digits. An interrupted table goes on after its last
+were chosen on draws of the training parts of digits and CIFAR-10, and a second set of weights for
+gradients on adversarial examples of one step (FGSM-RS). An interrupted table goes on after its last
 whole column. The npz file holds 5,000 training and 1,000 test images of CIFAR-10,
 as `advmeta.data.load` reads them; without it that pair is left out.
 """
@@ -93,6 +94,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--attack", default="autoattack", choices=("autoattack", "pgd"))
     parser.add_argument("--inner-gradients", nargs="+", default=["clean", "noisy"])
+    parser.add_argument(
+        "--adversarial-weights", default="mixture-adversarial", help="given FGSM-RS gradients"
+    )
     parser.add_argument("--rows", nargs="*", default=ROWS)
     parser.add_argument("--settings", nargs="+", help="only the pairs of these names")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/transfer"))
@@ -112,6 +116,9 @@ def main() -> None:
     records = _table(config, optimizer, arguments.output, check=True)
     nominal = _table(dataclasses.replace(config, rows=()), untrained, arguments.output / "nominal")
     records += [record | {"optimizer": "nominal rule"} for record in nominal]
+    adversarial = dataclasses.replace(config, rows=(), inner_gradients=("fgsm-rs",))
+    optimizer = functools.partial(advmeta.load_meta_optimizer, arguments.adversarial_weights)
+    records += _table(adversarial, optimizer, arguments.output / "adversarial")
     card = {"weights": arguments.weights, **environment.describe()}
     (arguments.output / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     (arguments.output / "table.md").write_text(advmeta.report.markdown(records))

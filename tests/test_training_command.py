@@ -325,6 +325,6 @@ def test_a_folder_is_one_runs_alone(home, undisturbed, capsys):
     # Nor is a checkpoint that came into the folder of another run.
     shutil.copytree(home / "undisturbed" / "checkpoints", home / "foreign" / "checkpoints")
     code, said = stopped(arguments(home, "foreign", "--training.learning-rate", "0.5"), capsys)
-    assert code == 2 and "of a run with training.learning_rate=0.003 (now: 0.5): give" in said
+    assert code == 2 and "of a run with training.learning_rate=0.0015 (now: 0.5): give" in said
     code, said = stopped(["meta-train", "--resume"], capsys)
     assert code == 2 and "--resume needs the --output folder" in said

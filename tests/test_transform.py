@@ -384,7 +384,7 @@ def test_new_meta_params_are_an_argument_and_not_a_recompilation(name):
 def test_a_readout_of_zero_is_adam_with_the_pull(seen, horizon, paces):
     # tanh 0 = 0 and exp 0 = 1: u = -eta_t (m_hat / (sqrt(v_hat) + eps) + nu rms / (rms + 4 eta) n),
     # of the gradient g + mu theta, without the last term where the leaf has one axis or none.
-    config = MetaOptimizerConfig((2,), seen, 0.02, regularisation=0.4, pull=0.3)
+    config = MetaOptimizerConfig((2,), seen, 0.02, regularisation=0.4, pull=0.3, adaptivity=0.5)
     meta_params = nominal(random_meta_params(config))
     ours = compile_update(scale_by_meta_optimizer(meta_params, config, Aim(horizon=horizon)))
 
@@ -409,6 +409,21 @@ def test_a_readout_of_zero_is_adam_with_the_pull(seen, horizon, paces):
     assert_close(loop(ours)[0], expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.5])
+def test_coordinates_share_a_part_of_the_root(p):
+    # After one step m_hat = g and v_hat = g^2: d = g / (|g|^2p mean(g^2)^(1/2 - p)).
+    config = MetaOptimizerConfig((2,), ("adam",), 0.02, regularisation=0.0, adaptivity=p)
+    ours = scale_by_meta_optimizer(nominal(random_meta_params(config)), config)
+    gradient = {"w": jnp.array([[0.1, -0.2], [0.5, 2.0]]), "b": jnp.array([3.0, 0.0])}
+    updates, _ = ours.update(gradient, ours.init(gradient), gradient)
+
+    def expected(g):
+        sign, size, mean = np.sign(g), np.abs(np.asarray(g, np.float64)), np.mean(g**2)
+        return -0.02 * sign * size ** (1 - 2 * p) / mean ** (0.5 - p)
+
+    assert_close(updates, jax.tree.map(expected, gradient), rtol=1e-5, atol=1e-8)
+
+
 def l2_regularised(mu, factor=1.0):
     """Adds factor min(mu, 0.3 rms(g) / rms(theta)) theta to the gradients."""
 
@@ -423,7 +438,7 @@ def l2_regularised(mu, factor=1.0):
 def test_regularisation_cannot_outweigh_the_gradient(mu):
     # Gradients 1,000 times smaller than their parameters, as early in a deep model: L2 is mu theta
     # up to 0.3 of the gradient, and Adam goes where the gradient says.
-    config = MetaOptimizerConfig((2,), ("adam",), 0.02, regularisation=mu)
+    config = MetaOptimizerConfig((2,), ("adam",), 0.02, regularisation=mu, adaptivity=0.5)
     meta_params = nominal(random_meta_params(config))
     ours = compile_update(scale_by_meta_optimizer(meta_params, config))
     gradient = {"w": jnp.full((2, 2), 1e-3).at[0, 0].set(-1e-3)}
@@ -459,12 +474,14 @@ def nominal(meta_params):
 
 
 def test_the_linear_map_is_a_factor_of_each_part():
-    # The only layer is the first, and of this feature 3 V s is three times its row of V: Adam times
+    # The only layer is the first, and of this feature 6 V s is six times its row of V: Adam times
     # exp(2 tanh a) of the gradient with exp(2 tanh m) times the regularisation.
-    config = MetaOptimizerConfig((2,), ("adam", "layer"), 0.02, regularisation=0.4, shift=0.5)
+    config = MetaOptimizerConfig(
+        (2,), ("adam", "layer"), 0.02, regularisation=0.4, shift=0.5, adaptivity=0.5
+    )
     meta_params = nominal(random_meta_params(config))
     is_first, (a, m), b = 0, (0.3, 0.7), -0.2
-    meta_params["linear"]["shared_0"]["kernel"][is_first] = (a / 3, m / 3)
+    meta_params["linear"]["shared_0"]["kernel"][is_first] = (a / 6, m / 6)
     meta_params["lstm"]["readout"]["bias"][:] = (0, b)  # the shift is the readout's alone
     ours = compile_update(scale_by_meta_optimizer(meta_params, config))
     adam = optax.chain(l2_regularised(0.4, np.exp(2 * np.tanh(m))), optax.adam(1.0))
@@ -536,6 +553,12 @@ def test_hidden_units_must_be_positive(hidden):
 def test_unknown_memory_dtypes():
     with pytest.raises(ValueError, match=r"memory_dtype='int8' is .*'float32' or 'bfloat16'"):
         MetaOptimizerConfig(memory_dtype="int8")
+
+
+@pytest.mark.parametrize("adaptivity", [-0.1, 0.6])
+def test_an_adaptivity_beyond_adam_is_refused(adaptivity):
+    with pytest.raises(ValueError, match="must lie between 0"):
+        MetaOptimizerConfig(adaptivity=adaptivity)
 
 
 def test_weights_that_do_not_fit_are_named():

@@ -1,6 +1,5 @@
 """The meta-optimizer as an optax transformation."""
 
-import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,76 +9,15 @@ from jax.tree_util import tree_leaves_with_path
 from jax.typing import ArrayLike
 from optax._src.base import NO_PARAMS_MSG  # optax's own words; not exported
 
-from advmeta.meta_optimizer import features, fused, inputs
+from advmeta.meta_optimizer import features, fused, inputs, rule
 from advmeta.meta_optimizer.features import Aim
 from advmeta.meta_optimizer.lstm import LSTM, Linear, Memory
+from advmeta.meta_optimizer.rule import MetaOptimizerConfig
 from advmeta.types import Array, Key, MetaParams, Params, PyTree
 
-# Adam's constants (Kingma and Ba 2015, algorithm 1).
-B1, B2, EPSILON = 0.9, 0.999, 1e-8
-# A tensor whose RMS is below so many of Adam's steps is pulled in proportion to it: without that a
-# model that has become small is pulled over zero and dies.
-SMALL = 4
-# The nominal L2 term is at most this share of the gradient (RMS): where gradients are tiny, as
-# early in a residual network, Adam would otherwise walk to zero.
-LARGEST_SHARE = 0.3
-# In a model that normalises, the size of a kernel says little of how far its inputs move the
-# outputs: L2 and pull are this share of what they are elsewhere.
-NORMALISED = 0.1
 # The linear map has few weights, which say much of the whole training: a step of meta-training, and
 # a perturbation of evolution strategies, moves it by so much more.
-LINEAR_SCALE = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class MetaOptimizerConfig:
-    """What the LSTM sees and how large it is.
-
-    Args:
-      hidden: units of each LSTM layer.
-      features: of `FEATURES`: "log_sign" (gradient), "adam" (normalised momentum and gradient),
-        "parameter" (in units of its tensor's RMS), "jacobian" (`jacobian.pull`), "layer" (position,
-        fan-in, fan-out, RMS, RMS of the gradient, row and column means; layers, convolutions and
-        normalisations of the model), "aim" (norm and epsilon), "time" (steps taken
-        and left). "parameter", "jacobian", "layer" and regularisation need ``params`` in
-        ``update``.
-      learning_rate: eta, the step of the nominal Adam that the LSTM modulates. With the feature
-        "time" it is warmed up over 40 steps, or a fifth of the horizon, and falls to zero as a half
-        cosine; where the horizon is not known it stays at a third.
-      regularisation: mu, the nominal L2 regularisation, a part of Adam's gradient.
-      pull: nu, the nominal step that makes the model's Jacobian smaller, in units of eta.
-      shift: the largest step that the LSTM can take of its own, in units of eta.
-      memory_dtype: of the LSTM's memory in the state; "bfloat16" halves it. A step is taken in
-        float32 either way, and what it leaves is rounded.
-    """
-
-    hidden: tuple[int, ...] = (8,)
-    features: tuple[str, ...] = features.FEATURES
-    learning_rate: float = 0.035
-    regularisation: float = 0.013
-    pull: float = 0.4
-    shift: float = 1.0
-    memory_dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.features if name not in features.FEATURES]
-        if unknown or not self.features:
-            raise ValueError(
-                f"features={self.features!r}: {unknown or 'none'} cannot be used; the known "
-                f"features are {list(features.FEATURES)}, and there must be at least one"
-            )
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden={self.hidden!r} must hold the units of one layer or more")
-        if self.memory_dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"memory_dtype={self.memory_dtype!r} is none that a memory can be kept in: write "
-                "'float32' or 'bfloat16'"
-            )
-
-    @property
-    def needs_params(self) -> bool:
-        regularised = "adam" in self.features and self.regularisation != 0
-        return regularised or not {"parameter", "jacobian", "layer"}.isdisjoint(self.features)
+LINEAR_SCALE = 6
 
 
 class ScaleByMetaOptimizerState(NamedTuple):
@@ -100,13 +38,13 @@ def scale_by_meta_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The update that a coordinate-wise LSTM makes of a gradient; it needs no learning rate.
 
-    ``a, c, b = LSTM_phi(features(g, theta)) + 3 (V_phi s, 0)``  for each coordinate, with s what
+    ``a, c, b = LSTM_phi(features(g, theta)) + 6 (V_phi s, 0)``  for each coordinate, with s what
     rows and tensors share, and
 
     ``u = eta_t ( shift tanh(b) - exp(2 tanh(a)) m_hat / (sqrt(v_hat) + eps)
     - nu exp(2 tanh(c)) rms / (rms + 4 eta) n )``
 
-    where m_hat and v_hat are the moments of ``g + min(mu, 0.3 rms(g) / rms) exp(2 tanh(3 v_phi s))
+    where m_hat and v_hat are the moments of ``g + min(mu, 0.3 rms(g) / rms) exp(2 tanh(6 v_phi s))
     theta``, n is the gradient, in units of its RMS, of the norm of the model's Jacobian without its
     activations (`jacobian.gain`), and rms is that of theta's tensor.
 
@@ -180,14 +118,15 @@ def scale_by_meta_optimizer(
             LINEAR_SCALE * linear.apply({"params": meta_params.get("linear", {})}, s)
             for s in shared
         ]
-        regularised = _regularise(config, leaves, parameters, positions, offsets)
-        mu, nu, direction, normalised = _adam(
-            config, state, gradient, treedef.unflatten(regularised)
+        regularised = rule.regularise(config, leaves, parameters, positions, offsets)
+        count = optax.safe_increment(state.count)
+        (mu, nu), direction, normalised = rule.adam(
+            config, (state.mu, state.nu), count, gradient, treedef.unflatten(regularised)
         )
         columns = [_leaves(tree, treedef) for tree in (direction, normalised)]
         pulls = inputs.pulls(config.features, aim, parameters, positions)
         tensors = map(inputs.Coordinates, leaves, *columns, parameters, pulls, positions)
-        pace = _pace(config, aim, state.count)
+        pace = rule.pace(config, aim, state.count)
         memories = _split_memory(state.memory, treedef)
         stepped: list[tuple[Array, Any]] = [
             update_tensor(*columns, pace)
@@ -196,7 +135,6 @@ def scale_by_meta_optimizer(
         new_updates = treedef.unflatten([u for u, _ in stepped])
         new_updates = jax.tree.map(lambda u, g: u.astype(g.dtype), new_updates, updates)
         memory = _join_memory([m for _, m in stepped], treedef, len(config.hidden))
-        count = optax.safe_increment(state.count)
         return new_updates, ScaleByMetaOptimizerState(count, mu, nu, memory)
 
     def update_tensor(tensor: inputs.Coordinates, shared, offset, memory: tuple[Memory, ...], pace):
@@ -206,7 +144,7 @@ def scale_by_meta_optimizer(
         else:
             readout, updated = lstm.apply({"params": meta_params["lstm"]}, own, shared, wide)
         updated = jax.tree.map(lambda new, old: new.astype(old.dtype), updated, memory)
-        return pace * _update_rule(config, readout, offset, tensor), updated
+        return pace * rule.update_rule(config, readout, offset, tensor), updated
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -253,72 +191,6 @@ def check_meta_params(meta_params: MetaParams, config: MetaOptimizerConfig) -> N
                 f"{expected.get(name)} (None: not there at all); use the config that the weights "
                 f"were made with, not {config}"
             )
-
-
-def _regularise(
-    config: MetaOptimizerConfig, gradients: list, parameters: list, positions: list, offsets: list
-) -> list[Array]:
-    """The gradients with that of the L2 regularisation, which the last of the offsets changes."""
-    if "adam" not in config.features or not config.regularisation:
-        return gradients
-
-    def regularise(g: Array, p: Array, position: features.LayerPosition, offset: Array) -> Array:
-        mu = config.regularisation * _share(position)
-        rms = jnp.sqrt(jnp.mean(jnp.square(g)) + 1e-20)
-        largest = LARGEST_SHARE * rms / features.root_mean_square(p)
-        mu = jnp.minimum(mu, largest) * jnp.exp(2 * jnp.tanh(offset[..., -1]))
-        return g + mu * p
-
-    return list(map(regularise, gradients, parameters, positions, offsets))
-
-
-def _adam(
-    config: MetaOptimizerConfig,
-    state: ScaleByMetaOptimizerState,
-    gradient: optax.Updates,
-    regularised: optax.Updates,
-):
-    """Adam's moments, its direction and the gradient in the same units (algorithm 1)."""
-    if "adam" not in config.features:
-        return None, None, None, None
-    mu = jax.tree.map(lambda m, g: B1 * m + (1 - B1) * g, state.mu, regularised)
-    nu = jax.tree.map(lambda v, g: B2 * v + (1 - B2) * jnp.square(g), state.nu, regularised)
-    t = optax.safe_increment(state.count)
-    # Of a zero, that of a dead unit's bias, the root has no derivative: far below EPSILON it does.
-    scale = jax.tree.map(lambda v: 1 / (jnp.sqrt(v / (1 - B2**t) + 1e-30) + EPSILON), nu)
-    direction = jax.tree.map(lambda m, s: m / (1 - B1**t) * s, mu, scale)
-    return mu, nu, direction, jax.tree.map(jnp.multiply, gradient, scale)
-
-
-def _pace(config: MetaOptimizerConfig, aim: Aim, count: Array) -> Array:
-    """eta_t / eta: warmed up, then a half cosine, or 1/3 without a horizon; 1 without time."""
-    if "time" not in config.features:
-        return jnp.ones([])
-    _, known, left = features.time_features(aim, count)
-    falling = jnp.where(known > 0, jnp.square(jnp.sin(0.5 * jnp.pi * left)), 1 / 3)
-    return falling * features.warm_up(count, aim.horizon)
-
-
-def _update_rule(
-    config: MetaOptimizerConfig, readout: Array, offset: Array, tensor: inputs.Coordinates
-) -> Array:
-    """The equation of `scale_by_meta_optimizer`, over the pace."""
-    update = config.shift * jnp.tanh(readout[..., -1])
-    factors = jnp.exp(2 * jnp.tanh(readout[..., :-1] + offset[..., :-1]))
-    factors = list(jnp.moveaxis(factors, -1, 0))
-    if "adam" in config.features:
-        update -= factors.pop() * tensor.direction
-    if "jacobian" in config.features and not tensor.position.bias:
-        rms = features.root_mean_square(tensor.parameter)
-        strength = config.pull * rms / (rms + SMALL * config.learning_rate)
-        strength *= _share(tensor.position)
-        update -= strength * factors.pop() * tensor.pull
-    return config.learning_rate * update
-
-
-def _share(position: features.LayerPosition) -> float:
-    """Of the L2 and of the pull."""
-    return NORMALISED if position.normalised else 1.0
 
 
 def _float32(x: Array) -> Array:

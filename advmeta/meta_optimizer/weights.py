@@ -6,7 +6,8 @@ import os
 import pathlib
 from typing import Any
 
-from advmeta.meta_optimizer.transform import MetaOptimizerConfig, check_meta_params
+from advmeta.meta_optimizer.rule import MetaOptimizerConfig
+from advmeta.meta_optimizer.transform import check_meta_params
 from advmeta.parameter_files import load_params, save_params
 from advmeta.types import MetaParams
 

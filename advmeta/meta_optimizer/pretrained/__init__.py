@@ -20,7 +20,7 @@ def list_pretrained() -> list[str]:
 
     Example:
       >>> advmeta.list_pretrained()
-      ['mixture']
+      ['mixture', 'mixture-adversarial']
     """
     return sorted(path.stem for path in _FOLDER.glob("*.safetensors"))
 
