@@ -64,7 +64,7 @@ def patch(
     steps: int | None = None,
     held_out: tuple[Array, Array] | None = None,
     max_clean_drop: float | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> tuple[Params, PatchReport]:
     """Makes a trained model more robust with a meta-optimizer and a little clean data.
 
@@ -88,7 +88,7 @@ def patch(
       held_out: (x, y) to measure on; by default a fifth of the examples, which then is not
         trained on. Those that the model was trained on make its accuracy before look too good.
       max_clean_drop: the most that held-out clean accuracy may fall, such as 0.03.
-      batch_size: examples a step.
+      batch_size: examples a step; by default 128, or as many as there are, but at least 64.
 
     Returns:
       The patched parameters, of the same structure, and a `PatchReport`.
@@ -122,6 +122,8 @@ def patch(
     held_out = None if held_out is None else check(*held_out)
     split_key, patch_key, attack_key = jax.random.split(key, 3)
     train, held_out = _split(Batch(x, y), held_out, split_key)
+    if batch_size is None:
+        batch_size = min(128, max(64, len(train.y)))
     trainable, apply_trainable = _floating_part(apply, params)
     task = Task(train, held_out, threat_model, Optimizee(_no_init, apply_trainable),
                 batch_size)  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from advmeta.meta_optimizer import features, inputs
 from advmeta.meta_optimizer.features import Aim
@@ -103,7 +104,7 @@ def regularise(
 def adam(
     config: MetaOptimizerConfig,
     moments: tuple[PyTree, PyTree],
-    t: Array,
+    t: ArrayLike,
     gradient: optax.Updates,
     regularised: optax.Updates,
 ) -> tuple[tuple[PyTree, PyTree], PyTree, PyTree]:
