@@ -21,8 +21,8 @@ class Coordinates(NamedTuple):
     """What is known of the coordinates of one tensor at one step; None: the features hide it."""
 
     gradient: Array
-    direction: Any  # m_hat / (sqrt(v_hat) + eps): Adam's
-    normalised: Any  # g / (sqrt(v_hat) + eps)
+    direction: Any  # of `rule.adam`: m_hat over a root of v_hat
+    normalised: Any  # g over the same
     parameter: Any
     pull: Any  # towards a smaller Jacobian, of RMS 1
     position: LayerPosition

@@ -41,16 +41,17 @@ def scale_by_meta_optimizer(
     ``a, c, b = LSTM_phi(features(g, theta)) + 6 (V_phi s, 0)``  for each coordinate, with s what
     rows and tensors share, and
 
-    ``u = eta_t ( shift tanh(b) - exp(2 tanh(a)) m_hat / (sqrt(v_hat) + eps)
-    - nu exp(2 tanh(c)) rms / (rms + 4 eta) n )``
+    ``u = eta_t ( shift tanh(b) - exp(2 tanh(a)) d - nu exp(2 tanh(c)) rms / (rms + 4 eta) n )``,
+    ``d = m_hat / (v_hat^p mean(v_hat)^(1/2 - p) + eps)``
 
-    where m_hat and v_hat are the moments of ``g + min(mu, 0.3 rms(g) / rms) exp(2 tanh(6 v_phi s))
-    theta``, n is the gradient, in units of its RMS, of the norm of the model's Jacobian without its
-    activations (`jacobian.gain`), and rms is that of theta's tensor.
+    where m_hat and v_hat are Adam's moments of
+    ``g + min(mu, 0.3 rms(g) / rms) exp(2 tanh(6 v_phi s)) theta``, n is the gradient, in units of
+    its RMS, of the norm of the model's Jacobian without its activations (`jacobian.gain`), and rms
+    is that of theta's tensor.
 
-    Each term is there if the features show what it is made of: Adam's direction with "adam", the
-    pull with "jacobian". All are bounded: a readout of zero is Adam with L2 regularisation and the
-    pull, and none can take it further than a fixed factor away.
+    Each term is there if the features show what it is made of: d with "adam", the pull with
+    "jacobian". A readout of zero is the nominal rule, Adam (where p is 1/2) with L2 regularisation
+    and the pull, and the factors cannot take it further than a fixed one away.
 
     To first order the Jacobian is what an adversary adds to the loss, in linf by the 1-norm of its
     columns (Goodfellow et al. 2015, section 5, for a linear model). Biases and scales, leaves of
