@@ -45,7 +45,7 @@ PAIRS = (
     Cell("Fashion, ResNet", "fashion_small", "resnet-4-8", 0.05),
     Cell("CIFAR-10, CNN", CIFAR, "cnn-8-16", 0.01),
 )
-ROWS = ("adam-no-decay", "adam", "adam-noisy", "adversarial")
+ROWS = ("adam-no-decay", "adam", "adam-noisy", "adversarial", "fgsm-rs")
 
 
 def mean(records: list[dict], optimizer: str, *inner_gradients: str, name: str) -> float:

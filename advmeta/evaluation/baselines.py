@@ -145,8 +145,8 @@ BASELINES = {
     "sgd": Baseline(sgd, "clean", grid(_SGD_RATES, _L2, _NOISE, (1.0,))),
     "adamw": Baseline(adamw, "clean", grid(_ADAM_RATES, _DECAY, _NOISE, (1.0,))),
     **{
-        # On Fashion-MNIST a constant rate did better, on digits a falling one with some decay. It
-        # is unsteady on so small models: the choice needs more of them.
+        # Which schedule and decay is best differs from one column of `benchmarks.transfer` to the
+        # next. It is unsteady on so small models: the choice needs more of them.
         recipe: Baseline(adam, recipe, _ROBUST_GRID, repeats=2)
         for recipe in _ROBUST_RECIPES
     },
