@@ -18,13 +18,17 @@ import optax
 
 import advmeta
 
+PRETRAINED = ["mixture", "mixture-adversarial"]
 # What is no Python file, and is missed only when it is used.
 NEEDED = {
     "advmeta/py.typed",
     "advmeta/data/fashion_small.npz",
     "advmeta/data/fashion_small.LICENSE",
-    "advmeta/meta_optimizer/pretrained/mixture.json",
-    "advmeta/meta_optimizer/pretrained/mixture.safetensors",
+    *(
+        f"advmeta/meta_optimizer/pretrained/{name}.{kind}"
+        for name in PRETRAINED
+        for kind in ("json", "safetensors")
+    ),
     "advmeta/report/page.css",
 }
 
@@ -39,7 +43,7 @@ def main() -> None:
     assert len(advmeta.data.load("fashion_small").test.y) == 1000
     assert say("--version").startswith("advmeta ")
     assert "meta-train" in say("--help")
-    assert advmeta.list_pretrained() == ["mixture"]
+    assert advmeta.list_pretrained() == PRETRAINED
     data = advmeta.data.load("digits")
     optimizee = advmeta.optimizees.linear()
     task = advmeta.Task(data.train, data.test, advmeta.ThreatModel("linf", 0.1), optimizee)
