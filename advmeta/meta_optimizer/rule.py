@@ -125,9 +125,10 @@ def adam(
     p = config.adaptivity
 
     def inverse_root(v: Array) -> Array:
-        # Of a zero, that of a dead unit's bias, a power has no derivative; of this it does.
+        # Of a zero, that of a dead unit's bias, a power has no derivative; of this it does. CPUs
+        # have logarithms and exponentials of whole vectors, and take powers one at a time.
         v = v / (1 - B2**t) + 1e-30
-        return 1 / (v**p * v.mean() ** (0.5 - p) + EPSILON)
+        return 1 / (jnp.exp(p * jnp.log(v) + (0.5 - p) * jnp.log(v.mean())) + EPSILON)
 
     scale = jax.tree.map(inverse_root, nu)
     direction = jax.tree.map(lambda m, s: m / (1 - B1**t) * s, mu, scale)
