@@ -9,6 +9,10 @@ were chosen on draws of the training parts of digits and CIFAR-10, and a second 
 gradients on adversarial examples of one step (FGSM-RS). An interrupted table goes on after its last
 whole column. The npz file holds 5,000 training and 1,000 test images of CIFAR-10,
 as `advmeta.data.load` reads them; without it that pair is left out.
+
+    python -m benchmarks.transfer --render benchmarks/results/transfer.jsonl
+
+writes the tables of records that were measured before.
 """
 
 import argparse
@@ -46,6 +50,47 @@ PAIRS = (
     Cell("CIFAR-10, CNN", CIFAR, "cnn-8-16", 0.01),
 )
 ROWS = ("adam-no-decay", "adam", "adam-noisy", "adversarial", "fgsm-rs")
+RIVALS = {
+    ("adam, no decay", "clean"),
+    ("adam", "clean"),
+    ("adam", "noisy"),
+    ("adam", "adversarial"),
+}
+NOMINAL = "nominal rule"
+# Rows of the README's table: a name, gradients a step, the optimizer and its inner gradients, of
+# which the best of each column is shown.
+SUMMARY = (
+    ("Adam, learning rate tuned", 1, "adam, no decay", ("clean",)),
+    ("best with decay or noise tuned", 1, "adam", ("clean", "noisy")),
+    ("the rule before meta-training, clean", 1, NOMINAL, ("clean",)),
+    ("the same, noisy", 1, NOMINAL, ("noisy",)),
+    ("**`mixture`, clean**", 1, META_OPTIMIZER, ("clean",)),
+    ("**`mixture`, noisy**", 1, META_OPTIMIZER, ("noisy",)),
+    ("FGSM-RS training, tuned", 2, "adam", ("fgsm-rs",)),
+    ("adversarial training, tuned", 8, "adam", ("adversarial",)),
+    ("**`mixture-adversarial`, FGSM-RS**", 2, META_OPTIMIZER, ("fgsm-rs",)),
+)
+
+
+def summary(records: list[dict]) -> str:
+    """Robust accuracy, mean and sample standard deviation, as the README shows it."""
+    settings = list(dict.fromkeys(r["setting"] for r in records))
+    lines = [["", "gradients<br>a step", *(s.replace(", ", ",<br>") for s in settings)]]
+    lines.append(["---"] + [":-:"] * (len(settings) + 1))
+    for label, gradients, optimizer, inner_gradients in SUMMARY:
+        cells = []
+        for setting in settings:
+            found = [
+                [r["robust_accuracy"] for r in records
+                 if (r["setting"], r["optimizer"], r["inner_gradient"])
+                 == (setting, optimizer, inner_gradient)]
+                for inner_gradient in inner_gradients
+            ]  # fmt: skip
+            best = max(filter(None, found), key=np.mean, default=None)
+            text = f"{np.mean(best):.3f} ± {np.std(best, ddof=1):.3f}" if best else "-"
+            cells.append(f"**{text}**" if label.startswith("**") and best else text)
+        lines.append([label, str(gradients), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def mean(records: list[dict], optimizer: str, *inner_gradients: str, name: str) -> float:
@@ -59,10 +104,13 @@ def mean(records: list[dict], optimizer: str, *inner_gradients: str, name: str) 
 
 
 def verdict(records: list[dict]) -> list[dict]:
-    """For each pair and each of the meta-optimizer's rows: what it beats, and by how much."""
+    """For each pair with all rivals and each of our rows: what it beats, and by how much."""
     lines = []
     for setting in dict.fromkeys(r["setting"] for r in records):
         here = [r for r in records if r["setting"] == setting]
+        rows = {(r["optimizer"], r["inner_gradient"]) for r in here}
+        if not rows >= RIVALS:
+            continue
         robust = functools.partial(mean, here, name="robust_accuracy")
         clean = functools.partial(mean, here, name="clean_accuracy")
         plain = robust("adam, no decay", "clean")
@@ -100,7 +148,28 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=ROWS)
     parser.add_argument("--settings", nargs="+", help="only the pairs of these names")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/transfer"))
+    parser.add_argument("--render", type=pathlib.Path, help="records, one a line; runs nothing")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.render:
+        write([json.loads(line) for line in arguments.render.open()], arguments.output)
+    else:
+        measure(arguments)
+
+
+def write(records: list[dict], folder: pathlib.Path) -> None:
+    """The records, both tables, and the verdict."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "records.jsonl").write_text(lines)
+    (folder / "table.md").write_text(advmeta.report.markdown(records))
+    (folder / "summary.md").write_text(summary(records))
+    found = verdict(records)
+    (folder / "verdict.json").write_text(json.dumps(found, indent=1) + "\n")
+    for line in found:
+        print(json.dumps(line))
+
+
+def measure(arguments: argparse.Namespace) -> None:
     chosen = arguments.settings or [cell.setting for cell in PAIRS]
     cells = tuple(
         cell if cell.dataset != CIFAR else dataclasses.replace(cell, dataset=arguments.cifar)
@@ -111,22 +180,16 @@ def main() -> None:
         cells=cells, rows=tuple(arguments.rows), seeds=arguments.seeds, attack=arguments.attack,
         inner_gradients=tuple(arguments.inner_gradients),
     )  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
     optimizer = functools.partial(advmeta.load_meta_optimizer, arguments.weights)
     records = _table(config, optimizer, arguments.output, check=True)
     nominal = _table(dataclasses.replace(config, rows=()), untrained, arguments.output / "nominal")
-    records += [record | {"optimizer": "nominal rule"} for record in nominal]
+    records += [record | {"optimizer": NOMINAL} for record in nominal]
     adversarial = dataclasses.replace(config, rows=(), inner_gradients=("fgsm-rs",))
     optimizer = functools.partial(advmeta.load_meta_optimizer, arguments.adversarial_weights)
     records += _table(adversarial, optimizer, arguments.output / "adversarial")
     card = {"weights": arguments.weights, **environment.describe()}
     (arguments.output / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    (arguments.output / "table.md").write_text(advmeta.report.markdown(records))
-    if set(ROWS) <= set(config.rows):
-        lines = verdict(records)
-        (arguments.output / "verdict.json").write_text(json.dumps(lines, indent=1) + "\n")
-        for line in lines:
-            print(json.dumps(line))
+    write(records, arguments.output)
 
 
 def _table(
