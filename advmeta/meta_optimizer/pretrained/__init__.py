@@ -61,6 +61,9 @@ def load_meta_optimizer(
 def load_card(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     """How a meta-optimizer was made: command, seed, hardware, versions, training, selection.
 
+    Of those that come with the package, "tested" holds what models came to that it had not met,
+    and "weak_at" where others do better.
+
     Args and errors as in `load_meta_optimizer`.
 
     Example:
