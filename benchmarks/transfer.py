@@ -10,7 +10,7 @@ gradients on adversarial examples of one step (FGSM-RS). An interrupted table go
 whole column. The npz file holds 5,000 training and 1,000 test images of CIFAR-10,
 as `advmeta.data.load` reads them; without it that pair is left out.
 
-    python -m benchmarks.transfer --render benchmarks/results/transfer.jsonl
+    python -m benchmarks.transfer --render runs/transfer/records.jsonl
 
 writes the tables of records that were measured before.
 """
@@ -64,28 +64,30 @@ SUMMARY = (
     ("best with decay or noise tuned", 1, "adam", ("clean", "noisy")),
     ("the rule before meta-training, clean", 1, NOMINAL, ("clean",)),
     ("the same, noisy", 1, NOMINAL, ("noisy",)),
-    ("**`mixture`, clean**", 1, META_OPTIMIZER, ("clean",)),
-    ("**`mixture`, noisy**", 1, META_OPTIMIZER, ("noisy",)),
+    ("**meta-optimizer, clean**", 1, META_OPTIMIZER, ("clean",)),
+    ("**meta-optimizer, noisy**", 1, META_OPTIMIZER, ("noisy",)),
     ("FGSM-RS training, tuned", 2, "adam", ("fgsm-rs",)),
     ("adversarial training, tuned", 8, "adam", ("adversarial",)),
-    ("**`mixture-adversarial`, FGSM-RS**", 2, META_OPTIMIZER, ("fgsm-rs",)),
+    ("**meta-optimizer, FGSM-RS**", 2, META_OPTIMIZER, ("fgsm-rs",)),
 )
 
 
+def values(records: list[dict], optimizer: str, inner_gradient: str, name: str) -> list[float]:
+    """Of a row, one a seed."""
+    row = (optimizer, inner_gradient)
+    return [r[name] for r in records if (r["optimizer"], r["inner_gradient"]) == row]
+
+
 def summary(records: list[dict]) -> str:
-    """Robust accuracy, mean and sample standard deviation, as the README shows it."""
+    """The README's table: robust accuracy, mean and sample standard deviation over the seeds."""
     settings = list(dict.fromkeys(r["setting"] for r in records))
     lines = [["", "gradients<br>a step", *(s.replace(", ", ",<br>") for s in settings)]]
     lines.append(["---"] + [":-:"] * (len(settings) + 1))
     for label, gradients, optimizer, inner_gradients in SUMMARY:
         cells = []
         for setting in settings:
-            found = [
-                [r["robust_accuracy"] for r in records
-                 if (r["setting"], r["optimizer"], r["inner_gradient"])
-                 == (setting, optimizer, inner_gradient)]
-                for inner_gradient in inner_gradients
-            ]  # fmt: skip
+            here = [r for r in records if r["setting"] == setting]
+            found = [values(here, optimizer, name, "robust_accuracy") for name in inner_gradients]
             best = max(filter(None, found), key=np.mean, default=None)
             text = f"{np.mean(best):.3f} ± {np.std(best, ddof=1):.3f}" if best else "-"
             cells.append(f"**{text}**" if label.startswith("**") and best else text)
@@ -95,11 +97,7 @@ def summary(records: list[dict]) -> str:
 
 def mean(records: list[dict], optimizer: str, *inner_gradients: str, name: str) -> float:
     """Of a row in a column; of several rows, the highest."""
-    found = [
-        np.mean([r[name] for r in records
-                 if (r["optimizer"], r["inner_gradient"]) == (optimizer, inner_gradient)])
-        for inner_gradient in inner_gradients
-    ]  # fmt: skip
+    found = [np.mean(values(records, optimizer, gradient, name)) for gradient in inner_gradients]
     return float(max(found))
 
 
