@@ -17,7 +17,8 @@ class CoordinateWise(nn.Module):
     @nn.compact
     def __call__(self, gradient: Array, state: tuple) -> tuple[Array, tuple]:
         first, second = state
-        first, h = nn.OptimizedLSTMCell(self.hidden)(first, log_sign(gradient))
+        x = jnp.stack(list(log_sign(gradient)), axis=-1)
+        first, h = nn.OptimizedLSTMCell(self.hidden)(first, x)
         second, h = nn.OptimizedLSTMCell(self.hidden)(second, h)
         return 0.1 * nn.Dense(1)(h).squeeze(-1), (first, second)
 

@@ -106,8 +106,10 @@ def test_an_optimizee_may_be_split_over_an_axis_of_its_own(on_one_device):
     steps = compile_steps(family, state)
     inner = steps.output_shardings[0].lanes[0].inner
     memory = inner.opt_state.memory[0]
-    for tree in (inner.params, inner.opt_state.mu, inner.opt_state.nu, memory.h, memory.c):
+    for tree in (inner.params, inner.opt_state.mu, inner.opt_state.nu):
         assert tree["layer_0"]["kernel"].spec == P("data", "model")
+    for tree in memory:
+        assert tree["layer_0"]["kernel"].spec == P("data", None, "model")
     assert {name for name, _ in collectives(steps)} == {"all-reduce"}
     assert_close(weights_after(2, steps, family, state), on_one_device)
 
@@ -115,7 +117,7 @@ def test_an_optimizee_may_be_split_over_an_axis_of_its_own(on_one_device):
 def test_an_update_leaves_every_parameter_where_it_is():
     config = MetaOptimizerConfig(hidden=(2,))
     mesh = make_mesh((4, 2), "data", "model")
-    params = random_like({"kernel": np.zeros((32, 16), np.float32)})
+    params = random_like({"kernel": np.zeros((32, 32), np.float32)})
     params = jax.device_put(params, NamedSharding(mesh, P("data", "model")))
     optimizer = scale_by_meta_optimizer(random_meta_params(config), config)
     state = optimizer.init(params)
@@ -123,4 +125,4 @@ def test_an_update_leaves_every_parameter_where_it_is():
     found = collectives(compiled)
     assert {name for name, _ in found} == {"all-reduce"}
     # Means of rows and columns, each of a device's part, and sums.
-    assert max(math.prod(shape) for _, shape in found) <= 8
+    assert max(math.prod(shape) for _, shape in found) <= max(32 / 4, 32 / 2)

@@ -19,9 +19,9 @@ def inputs(hidden, shape, shared):
     def normal(*shape):
         return rng.normal(size=shape).astype(np.float32)
 
-    lstm, own = LSTM(hidden, outputs=3), normal(*shape, 5)
-    rows = (normal(4), normal(shape[0], *[1] * len(shape)), normal(*[1] * len(shape), 2))
-    memory = tuple(Memory(normal(*shape, n), normal(*shape, n)) for n in hidden)
+    lstm, own, ones = LSTM(hidden, outputs=3), normal(5, *shape), [1] * len(shape)
+    rows = (normal(4, *ones), normal(1, shape[0], *ones[1:]), normal(2, *ones))
+    memory = tuple(Memory(normal(n, *shape), normal(n, *shape)) for n in hidden)
     arguments = own, rows if shared else (), memory
     shapes = jax.eval_shape(lambda: lstm.init(jax.random.key(0), *arguments))["params"]
     params = jax.tree.map(lambda x: normal(*x.shape) / 2, shapes)

@@ -52,7 +52,7 @@ class LayerPosition(NamedTuple):
 
 
 def log_sign(gradient: Array, p: float = 10.0) -> Array:
-    """The gradient's magnitude on a logarithmic scale, and its sign. [...] -> [..., 2]
+    """The gradient's magnitude on a logarithmic scale, and its sign. [...] -> [2, ...]
 
     ``(log|g| / p, sign g)  if |g| >= exp(-p),  else  (-1, exp(p) g)``
 
@@ -67,8 +67,7 @@ def log_sign(gradient: Array, p: float = 10.0) -> Array:
         [
             jnp.where(large, log, -1.0),
             jnp.where(large, jnp.sign(gradient), math.exp(p) * gradient),
-        ],
-        axis=-1,
+        ]
     )
 
 
@@ -78,12 +77,12 @@ def root_mean_square(parameter: Array) -> Array:
 
 
 def parameter_features(parameter: Array) -> Array:
-    """The parameter in units of its tensor's RMS. [...] -> [..., 1]"""
-    return (parameter / root_mean_square(parameter))[..., None]
+    """The parameter in units of its tensor's RMS. [...] -> [1, ...]"""
+    return (parameter / root_mean_square(parameter))[None]
 
 
 def layer_features(parameter: Array, gradient: Array, position: LayerPosition) -> tuple[Array, ...]:
-    """What the coordinate's layer looks like, as three arrays that broadcast to it.
+    """What the coordinate's layer looks like, as three arrays [f, ...] that broadcast to it.
 
     The tensor: first, last, bias, log fan-in, log fan-out; of its model, log of the layers, whether
     it has convolutions and normalisations; log RMS, log RMS of its gradient. The row (all weights
@@ -109,12 +108,17 @@ def layer_features(parameter: Array, gradient: Array, position: LayerPosition) -
     tensor = jnp.concatenate([tensor, jnp.log(scales) / 10])
     size = jnp.abs(parameter) / rms
     if position.bias:
-        row = column = size.mean()
+        row = column = size.mean(keepdims=True)
     else:
         inputs = tuple(axis for axis in range(parameter.ndim) if axis != position.outputs)
         row = size.mean(axis=position.outputs, keepdims=True)
         column = size.mean(axis=inputs, keepdims=True)
-    return tensor, row[..., None], column[..., None]
+    return over_coordinates(tensor, parameter), row[None], column[None]
+
+
+def over_coordinates(shared: Array, parameter: Array) -> Array:
+    """Features of a whole tensor, [f], so that they broadcast to its coordinates: [f, 1, ...]."""
+    return jnp.expand_dims(shared, range(1, 1 + parameter.ndim))
 
 
 def aim_features(aim: Aim) -> Array:

@@ -21,7 +21,7 @@ BLOCK = 64  # coordinates of one program
 class Layer(NamedTuple):
     """Weights of one layer, an array for each of its gates i, f, g and o."""
 
-    own: list[Array]  # [inputs, units]
+    own: list[Array]  # [units, inputs]
     recurrent: list[Array]  # [units, units]
     bias: list[Array]  # [units]
 
@@ -30,7 +30,7 @@ class Weights(NamedTuple):
     """Of all layers, padded to what a GPU's matrix unit takes."""
 
     layers: list[Layer]
-    readout: Array  # [units, outputs]
+    readout: Array  # [outputs, units]
     bias: Array  # [outputs]
 
 
@@ -44,45 +44,44 @@ def apply(
 
     Args:
       params: of an `LSTM`.
-      own: the features of each coordinate, [..., f].
-      shared: features of rows or tensors, which broadcast to the coordinates. Those of a whole
-        tensor go into a bias, others are written out as features of each coordinate.
+      own: the features of each coordinate, [f, ...].
+      shared: features of rows or tensors, [f, ...], which broadcast to the coordinates. Those of a
+        whole tensor go into a bias, others are written out as features of each coordinate.
       memory: of each layer.
 
     Returns:
-      The readout, [..., outputs], and the new memory.
+      The readout, [outputs, ...], and the new memory.
     """
-    coordinates = own.shape[:-1]
+    coordinates = own.shape[1:]
     own, first = _seen_by_each(params, own, shared)
     dense = [first, *(params[f"own_{layer}"] for layer in range(1, len(memory)))]
-    layers = [_layer(d, m.h.shape[-1]) for d, m in zip(dense, memory, strict=True)]
+    layers = [_layer(d, m.h.shape[0]) for d, m in zip(dense, memory, strict=True)]
     readout, bias = params["readout"]["kernel"], params["readout"]["bias"]
-    weights = Weights(layers, _pad(readout), _pad(bias))
-    rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (own, memory))
+    weights = Weights(layers, _pad(readout.T), _pad(bias))
+    rows = jax.tree.map(lambda a: a.reshape(a.shape[0], -1), (own, memory))
     found = _step(bias.shape[0], weights, *rows)
-    return jax.tree.map(lambda a: a.reshape(*coordinates, a.shape[-1]), found)
+    return jax.tree.map(lambda a: a.reshape(a.shape[0], *coordinates), found)
 
 
 def _seen_by_each(params: MetaParams, own: Array, shared: tuple[Array, ...]):
     """All features of each coordinate, and the first layer's weights for them."""
     kernel, bias = params["own_0"]["kernel"], params["own_0"]["bias"]
-    features, kernels = [own], [kernel[: own.shape[-1]]]
+    features, kernels = [own], [kernel[: own.shape[0]]]
     for group, value in enumerate(shared):
         of_group = params[f"shared_{group}"]["kernel"]
-        if value.size == value.shape[-1]:
+        if value.size == value.shape[0]:
             bias = bias + value.reshape(-1) @ of_group
         else:
-            features.append(jnp.broadcast_to(value, (*own.shape[:-1], value.shape[-1])))
+            features.append(jnp.broadcast_to(value, (value.shape[0], *own.shape[1:])))
             kernels.append(of_group)
-    kernel = jnp.concatenate([*kernels, kernel[own.shape[-1] :]])
-    return jnp.concatenate(features, axis=-1), {"kernel": kernel, "bias": bias}
+    kernel = jnp.concatenate([*kernels, kernel[own.shape[0] :]])
+    return jnp.concatenate(features), {"kernel": kernel, "bias": bias}
 
 
 def _layer(dense: dict[str, Array], units: int) -> Layer:
     """From a dense layer of ``[x; h]`` whose gates lie side by side."""
-    own, recurrent = dense["kernel"][:-units], dense["kernel"][-units:]
-    parts = own, recurrent, dense["bias"]
-    return Layer(*([_pad(gate) for gate in jnp.split(part, 4, axis=-1)] for part in parts))
+    parts = dense["kernel"][:-units].T, dense["kernel"][-units:].T, dense["bias"]
+    return Layer(*([_pad(gate) for gate in jnp.split(part, 4)] for part in parts))
 
 
 def _size(n: int) -> int:
@@ -100,19 +99,19 @@ def _equations(weights: Weights, own: Array, memory: tuple[Memory, ...]):
     x, updated = own, []
     for layer, (h, c) in zip(weights.layers, memory, strict=True):
         i, f, g, o = (
-            dot(x, own) + dot(h, recurrent) + bias[None]
+            dot(own, x) + dot(recurrent, h) + bias[:, None]
             for own, recurrent, bias in zip(*layer, strict=True)
         )
         c = jax.nn.sigmoid(f + 1.0) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
         x = h
         updated.append(Memory(h, c))
-    return dot(x, weights.readout) + weights.bias[None], tuple(updated)
+    return dot(weights.readout, x) + weights.bias[:, None], tuple(updated)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _step(outputs: int, weights: Weights, own: Array, memory: tuple[Memory, ...]):
-    rows = (jax.ShapeDtypeStruct((own.shape[0], outputs), own.dtype), memory)
+    rows = (jax.ShapeDtypeStruct((outputs, own.shape[1]), own.dtype), memory)
     return _over_blocks(_equations, weights, (own, memory), rows, None)
 
 
@@ -139,13 +138,13 @@ _step.defvjp(_forward, _backward)
 
 
 def _over_blocks(function, weights: Weights, inputs: PyTree, rows: PyTree, parts: PyTree) -> Any:
-    """``function(weights, *inputs)`` of each block of rows.
+    """``function(weights, *inputs)`` of each block of coordinates.
 
-    It gives arrays of the shapes of ``rows``, [n, width], and, unless ``parts`` is None, also
+    It gives arrays of the shapes of ``rows``, [width, n], and, unless ``parts`` is None, also
     arrays of the shapes of ``parts`` for each block, which come back stacked.
     """
     given, treedef = jax.tree.flatten((weights, *inputs))
-    n, weights_count = given[-1].shape[0], len(jax.tree.leaves(weights))
+    n, weights_count = given[-1].shape[1], len(jax.tree.leaves(weights))
     wanted, several = jax.tree.flatten(rows if parts is None else (rows, parts))
     rows_count, blocks = len(jax.tree.leaves(rows)), pl.cdiv(n, BLOCK)
 
@@ -188,14 +187,14 @@ def _over_blocks(function, weights: Weights, inputs: PyTree, rows: PyTree, parts
 
 
 def _inside(array: Any, left: Any) -> Array:
-    """Which entries of a padded block are the array's, if so many rows are left."""
-    shape = BLOCK, _size(array.shape[1])
+    """Which entries of a padded block are the array's, if so many coordinates are left."""
+    shape = _size(array.shape[0]), BLOCK
     row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    return (row < left) & (column < array.shape[1])
+    return (row < array.shape[0]) & (column < left)
 
 
 def _rows_of(array: Any) -> pl.BlockSpec:
-    return pl.BlockSpec((BLOCK, _size(array.shape[1])), lambda i: (i, 0))
+    return pl.BlockSpec((_size(array.shape[0]), BLOCK), lambda i: (0, i))
 
 
 def _whole(array: Any) -> pl.BlockSpec:

@@ -10,6 +10,7 @@ from advmeta.meta_optimizer.features import (
     aim_features,
     layer_features,
     log_sign,
+    over_coordinates,
     parameter_features,
     time_features,
 )
@@ -29,17 +30,17 @@ class Coordinates(NamedTuple):
 
 
 def see(chosen: tuple[str, ...], tensor: Coordinates) -> Array:
-    """The chosen features that each coordinate has of its own, [..., f]."""
-    own = [tensor.gradient[..., None][..., :0]]  # none yet, sharded as the gradient
+    """The chosen features that each coordinate has of its own, [f, ...]."""
+    own = [tensor.gradient[None][:0]]  # none yet, sharded as the gradient
     if "log_sign" in chosen:
         own.append(log_sign(tensor.gradient))
     if "adam" in chosen:
-        own.append(jnp.stack([tensor.direction, tensor.normalised], axis=-1))
+        own.append(jnp.stack([tensor.direction, tensor.normalised]))
     if "parameter" in chosen:
         own.append(parameter_features(tensor.parameter))
     if "jacobian" in chosen:
-        own.append(tensor.pull[..., None])
-    return jnp.concatenate(own, axis=-1)
+        own.append(tensor.pull[None])
+    return jnp.concatenate(own)
 
 
 def share(
@@ -47,11 +48,13 @@ def share(
     parameter: Array,
     gradient: Array,
     position: LayerPosition,
+    situation: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    """The chosen features that rows and tensors share."""
+    """The chosen features that rows and tensors share, [f, ...] each; `situation` is the last."""
+    everywhere = tuple(over_coordinates(part, gradient) for part in situation)
     if "layer" not in chosen:
-        return ()
-    return layer_features(parameter, gradient, position)
+        return everywhere
+    return layer_features(parameter, gradient, position) + everywhere
 
 
 def pulls(
@@ -68,7 +71,7 @@ def pulls(
 
 
 def situation(chosen: tuple[str, ...], aim: Aim, count: Array) -> tuple[Array, ...]:
-    """The features that all coordinates share, as one array, if any are chosen."""
+    """The features that all coordinates share, as one array [f], if any are chosen."""
     parts = []
     if "aim" in chosen:
         parts.append(aim_features(aim))

@@ -11,12 +11,12 @@ from advmeta.types import Array
 class Memory(NamedTuple):
     """What one LSTM layer remembers of each coordinate."""
 
-    h: Array  # [..., hidden] the output
-    c: Array  # [..., hidden] the cell
+    h: Array  # [hidden, ...] the output
+    c: Array  # [hidden, ...] the cell
 
 
 class LSTM(nn.Module):
-    """A stack of LSTM layers with a linear readout, over the last axis.
+    """A stack of LSTM layers with a linear readout, over the first axis.
 
     ``i, f, g, o = split(W [x; h] + V s + b)``
     ``c' = sigmoid(f + 1) c + sigmoid(i) tanh(g)``
@@ -37,51 +37,50 @@ class LSTM(nn.Module):
         """One step of every coordinate.
 
         Args:
-          own: x, the features of each coordinate, [..., f].
-          shared: s, features that whole rows or tensors share, as arrays that broadcast to the
-            coordinates: multiplied once, not once a coordinate.
+          own: x, the features of each coordinate, [f, ...].
+          shared: s, features that whole rows or tensors share, [f, ...], with axes of 1 so that
+            they broadcast to the coordinates: multiplied once, not once a coordinate.
           memory: of each layer.
 
         Returns:
-          The readout, [..., outputs], and the new memory.
+          The readout, [outputs, ...], and the new memory.
         """
         x, updated = own, []
         for layer, (units, (h, c)) in enumerate(zip(self.hidden, memory, strict=True)):
-            gates = Gates(units, name=f"own_{layer}")(jnp.concatenate([x, h], axis=-1))
+            gates = Dense(4 * units, name=f"own_{layer}")(jnp.concatenate([x, h]))
             for group, value in enumerate(shared if layer == 0 else ()):
-                more = Gates(units, use_bias=False, name=f"shared_{group}")(value)
-                gates = [gate + term for gate, term in zip(gates, more, strict=True)]
-            i, f, g, o = gates
+                gates += Dense(4 * units, use_bias=False, name=f"shared_{group}")(value)
+            i, f, g, o = jnp.split(gates, 4)
             c = nn.sigmoid(f + 1.0) * c + nn.sigmoid(i) * jnp.tanh(g)
             h = nn.sigmoid(o) * jnp.tanh(c)
             x = h
             updated.append(Memory(h, c))
         # Zero: before any meta-training the update is the nominal one.
         zeros = nn.initializers.zeros
-        readout = nn.Dense(self.outputs, kernel_init=zeros, name="readout")(x)
+        readout = Dense(self.outputs, kernel_init=zeros, name="readout")(x)
         return readout, tuple(updated)
 
 
-class Gates(nn.Module):
-    """``split(W x + b)``: a dense layer of 4 units' width that gives each gate as its own array.
+class Dense(nn.Module):
+    """``W^T x + b`` over the first axis, with the parameters of `flax.linen.Dense`.
 
-    A product for each gate, and not one that is split after it: what follows it then runs over
-    whole arrays, where CPUs lose more on strided slices of a few units than on smaller products.
+    Features first and coordinates last: what follows a product then runs over whole rows of
+    coordinates, where features last would leave rows of a few numbers.
     """
 
-    units: int
+    outputs: int
     use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
-    def __call__(self, x: Array) -> list[Array]:
-        """From [..., f] to i, f, g and o, [..., units] each."""
-        width = 4 * self.units
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], width))
-        gates = [jnp.dot(x, part) for part in jnp.split(kernel, 4, axis=-1)]
+    def __call__(self, x: Array) -> Array:
+        """From [f, ...] to [outputs, ...]."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[0], self.outputs))
+        product = jnp.tensordot(kernel, x, axes=(0, 0))
         if not self.use_bias:
-            return gates
-        bias = self.param("bias", nn.initializers.zeros, (width,))
-        return [gate + b for gate, b in zip(gates, jnp.split(bias, 4), strict=True)]
+            return product
+        bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        return product + jnp.expand_dims(bias, range(1, x.ndim))
 
 
 class Linear(nn.Module):
@@ -91,10 +90,10 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, shared: tuple[Array, ...]) -> Array:
-        """From arrays that broadcast to the coordinates, [..., f] each, to [..., outputs]."""
-        total = jnp.zeros(self.outputs)
-        for group, value in enumerate(shared):
-            dense = nn.Dense(self.outputs, False, kernel_init=nn.initializers.zeros,
-                             name=f"shared_{group}")  # fmt: skip
-            total += dense(value)
-        return total
+        """From arrays that broadcast to the coordinates, [f, ...] each, to [outputs, ...]."""
+        zeros = nn.initializers.zeros
+        products = [
+            Dense(self.outputs, use_bias=False, kernel_init=zeros, name=f"shared_{group}")(value)
+            for group, value in enumerate(shared)
+        ]
+        return sum(products) if products else jnp.zeros(self.outputs)

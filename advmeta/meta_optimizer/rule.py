@@ -95,7 +95,7 @@ def regularise(
         mu = config.regularisation * _share(position)
         rms = jnp.sqrt(jnp.mean(jnp.square(g)) + 1e-20)
         largest = LARGEST_SHARE * rms / features.root_mean_square(p)
-        mu = jnp.minimum(mu, largest) * jnp.exp(2 * jnp.tanh(offset[..., -1]))
+        mu = jnp.minimum(mu, largest) * jnp.exp(2 * jnp.tanh(offset[-1]))
         return g + mu * p
 
     return list(map(regularise, gradients, parameters, positions, offsets))
@@ -148,9 +148,9 @@ def update_rule(
     config: MetaOptimizerConfig, readout: Array, offset: Array, tensor: inputs.Coordinates
 ) -> Array:
     """The equation of `scale_by_meta_optimizer`, over the pace."""
-    update = config.shift * jnp.tanh(readout[..., -1])
-    factors = jnp.exp(2 * jnp.tanh(readout[..., :-1] + offset[..., :-1]))
-    factors = list(jnp.moveaxis(factors, -1, 0))
+    update = config.shift * jnp.tanh(readout[-1])
+    terms = zip(readout[:-1], offset[:-1], strict=True)
+    factors = [jnp.exp(2 * jnp.tanh(own + shared)) for own, shared in terms]
     if "adam" in config.features:
         update -= factors.pop() * tensor.direction
     if "jacobian" in config.features and not tensor.position.bias:

@@ -1,5 +1,7 @@
 """The meta-optimizer as an optax transformation."""
 
+import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ from advmeta.types import Array, Key, MetaParams, Params, PyTree
 # The linear map has few weights, which say much of the whole training: a step of meta-training, and
 # a perturbation of evolution strategies, moves it by so much more.
 LINEAR_SCALE = 6
+SHORT_ROW = 32  # coordinates; no one splits an axis of fewer over devices
 
 
 class ScaleByMetaOptimizerState(NamedTuple):
@@ -26,7 +29,7 @@ class ScaleByMetaOptimizerState(NamedTuple):
     count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), int32.
     mu: PyTree  # Adam's moments; None where the features do not use them.
     nu: PyTree
-    memory: tuple[Memory, ...]  # one a layer; each field is a tree of p.shape + (hidden,).
+    memory: tuple[Memory, ...]  # one a layer; each field is a tree of (hidden,) + p.shape.
 
 
 def scale_by_meta_optimizer(
@@ -114,7 +117,7 @@ def scale_by_meta_optimizer(
         parameters = _leaves(params, treedef)
         situation = inputs.situation(config.features, aim, state.count)
         layers = zip(parameters, leaves, positions, strict=True)
-        shared = [inputs.share(config.features, *layer) + situation for layer in layers]
+        shared = [inputs.share(config.features, *layer, situation) for layer in layers]
         offsets: list[Any] = [
             LINEAR_SCALE * linear.apply({"params": meta_params.get("linear", {})}, s)
             for s in shared
@@ -143,7 +146,13 @@ def scale_by_meta_optimizer(
         if kernel == "pallas" and tensor.gradient.size:  # no grid without a block
             readout, updated = fused.apply(meta_params["lstm"], own, shared, wide)
         else:
-            readout, updated = lstm.apply({"params": meta_params["lstm"]}, own, shared, wide)
+            seen = (own, shared, wide)
+            if _has_short_rows(tensor.gradient):
+                seen = jax.tree.map(functools.partial(_flat, tensor.gradient.shape), seen)
+            found = lstm.apply({"params": meta_params["lstm"]}, *seen)
+            readout, updated = jax.tree.map(
+                lambda a: a.reshape(a.shape[0], *tensor.gradient.shape), found
+            )
         updated = jax.tree.map(lambda new, old: new.astype(old.dtype), updated, memory)
         return pace * rule.update_rule(config, readout, offset, tensor), updated
 
@@ -155,10 +164,10 @@ def init_meta_params(config: MetaOptimizerConfig, key: Key) -> MetaParams:
     w = jnp.zeros((1, 1))
     position = features.layer_positions({"w": w})[0]
     tensor = inputs.Coordinates(w, w, w, w, w, position)
-    memory = tuple(Memory(jnp.zeros((1, 1, n)), jnp.zeros((1, 1, n))) for n in config.hidden)
+    memory = tuple(Memory(jnp.zeros((n, 1, 1)), jnp.zeros((n, 1, 1))) for n in config.hidden)
     lstm, linear = _networks(config)
-    shared = inputs.share(config.features, w, w, position)
-    shared += inputs.situation(config.features, Aim(), jnp.zeros([], jnp.int32))
+    situation = inputs.situation(config.features, Aim(), jnp.zeros([], jnp.int32))
+    shared = inputs.share(config.features, w, w, position, situation)
     own = inputs.see(config.features, tensor)
     meta_params = {"lstm": lstm.init(key, own, shared, memory)["params"]}
     if shared:
@@ -199,12 +208,29 @@ def _float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _zeros(params: Params, *trailing: int, dtype: Any = None) -> PyTree:
-    """Zeros of each parameter's shape and trailing axes, sharded as the parameter is."""
+def _has_short_rows(x: Array) -> bool:
+    """Whether the LSTM had better see the coordinates on one axis than on those of x.
+
+    CPUs run over the last axis, where 20 numbers take as long as 32. But an axis that is split over
+    devices cannot be merged in place, so longer ones, which may be, stay.
+    """
+    split = any(jax.typeof(x).sharding.spec)  # as far as an explicit mesh says
+    return x.ndim > 1 and x.shape[-1] < SHORT_ROW and not split
+
+
+def _flat(shape: tuple[int, ...], x: Array) -> Array:
+    """From [f, ...] that broadcasts to coordinates of this shape to [f, their number] or [f, 1]."""
+    if math.prod(x.shape[1:]) > 1:
+        x = jnp.broadcast_to(x, (x.shape[0], *shape))
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def _zeros(params: Params, *leading: int, dtype: Any = None) -> PyTree:
+    """Zeros of leading axes and each parameter's shape, sharded as the parameter is."""
 
     def zeros(p):
         plain = jnp.zeros_like(p, dtype=dtype or jnp.promote_types(p.dtype, jnp.float32))
-        return jnp.broadcast_to(plain[(..., *[None] * len(trailing))], p.shape + trailing)
+        return jnp.broadcast_to(plain, leading + p.shape)
 
     return jax.tree.map(zeros, params)
 
