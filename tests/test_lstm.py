@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from fixtures.tiny import compile_fast as compile_fast
 
-from advmeta.meta_optimizer.lstm import LSTM, Dense, Linear, Memory
+from advmeta.meta_optimizer.lstm import LSTM, Affine, Linear, Memory, affine
 
 RNG = np.random.default_rng(0)
 
@@ -68,14 +68,14 @@ def test_fresh_weights_read_out_nothing():
     assert all(np.all(layer.h != 0) for layer in updated)  # but the memory is at work
 
 
-def test_dense_is_that_of_flax_with_the_features_first():
+def test_affine_is_a_dense_layer_of_flax_with_the_features_first():
     # The same parameters from the same key, and the same product.
-    ours, flax, x, key = Dense(12), nn.Dense(12), normal(2, 5, 4), jax.random.key(0)
+    flax, x, key = nn.Dense(12), normal(2, 5, 4), jax.random.key(0)
     features_last = np.moveaxis(x, 0, -1)
-    fresh, expected = jax.jit(ours.init)(key, x), jax.jit(flax.init)(key, features_last)
+    fresh, expected = Affine(12).init(key, 2), jax.jit(flax.init)(key, features_last)
     jax.tree.map(np.testing.assert_array_equal, fresh, expected)
-    variables = random_params(ours, x)
-    found = np.moveaxis(ours.apply(variables, x), 0, -1)
+    variables = random_params(flax, features_last)
+    found = np.moveaxis(affine(*Affine(12).apply(variables, 2), x), 0, -1)
     np.testing.assert_allclose(found, flax.apply(variables, features_last), rtol=1e-5, atol=1e-5)
 
 

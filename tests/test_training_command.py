@@ -22,9 +22,9 @@ from advmeta.run_folder import open_folder
 
 TRAINING = {
     "tasks": [{"optimizee": "mlp-4"}], "selection": [{"optimizee": "linear"}],
-    "meta_optimizer": {"hidden": [4], "features": ["adam", "time"]}, "outer_steps": 6, "lanes": 2, "truncation": 2,
-    "horizon": [4, 8], "evaluate_every": 2, "meta_loss": {"loss": "calibrated"},
-    "estimator": "backpropagation",
+    "meta_optimizer": {"hidden": [4], "features": ["adam", "time"]}, "estimator": "backpropagation",
+    "outer_steps": 6, "lanes": 2, "truncation": 2, "horizon": [4, 8], "evaluate_every": 2,
+    "meta_loss": {"loss": "calibrated"},
 }  # fmt: skip
 
 

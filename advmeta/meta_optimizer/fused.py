@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from advmeta.meta_optimizer.lstm import Memory
+from advmeta.meta_optimizer.lstm import Memory, flatten, merge_shared
 from advmeta.types import Array, MetaParams, PyTree
 
 BLOCK = 64  # coordinates of one program
@@ -45,42 +45,30 @@ def apply(
     Args:
       params: of an `LSTM`.
       own: the features of each coordinate, [f, ...].
-      shared: features of rows or tensors, [f, ...], which broadcast to the coordinates. Those of a
-        whole tensor go into a bias, others are written out as features of each coordinate.
+      shared: features of rows or tensors, [f, ...], which broadcast to the coordinates.
       memory: of each layer.
 
     Returns:
       The readout, [outputs, ...], and the new memory.
     """
     coordinates = own.shape[1:]
-    own, first = _seen_by_each(params, own, shared)
-    dense = [first, *(params[f"own_{layer}"] for layer in range(1, len(memory)))]
-    layers = [_layer(d, m.h.shape[0]) for d, m in zip(dense, memory, strict=True)]
+    flat = jax.tree.map(functools.partial(flatten, coordinates), (own, shared, memory))
+    own, shared, memory = flat
+    dense = [params[f"own_{layer}"] for layer in range(len(memory))]
+    weights = [(layer["kernel"], layer["bias"]) for layer in dense]
+    kernels = [params[f"shared_{group}"]["kernel"] for group in range(len(shared))]
+    own, kernel, bias = merge_shared(own, shared, *weights[0], kernels)
+    weights[0] = kernel, bias.reshape(-1)
+    layers = [_layer(*w, m.h.shape[0]) for w, m in zip(weights, memory, strict=True)]
     readout, bias = params["readout"]["kernel"], params["readout"]["bias"]
-    weights = Weights(layers, _pad(readout.T), _pad(bias))
-    rows = jax.tree.map(lambda a: a.reshape(a.shape[0], -1), (own, memory))
-    found = _step(bias.shape[0], weights, *rows)
+    padded = Weights(layers, _pad(readout.T), _pad(bias))
+    found = _step(bias.shape[0], padded, own, memory)
     return jax.tree.map(lambda a: a.reshape(a.shape[0], *coordinates), found)
 
 
-def _seen_by_each(params: MetaParams, own: Array, shared: tuple[Array, ...]):
-    """All features of each coordinate, and the first layer's weights for them."""
-    kernel, bias = params["own_0"]["kernel"], params["own_0"]["bias"]
-    features, kernels = [own], [kernel[: own.shape[0]]]
-    for group, value in enumerate(shared):
-        of_group = params[f"shared_{group}"]["kernel"]
-        if value.size == value.shape[0]:
-            bias = bias + value.reshape(-1) @ of_group
-        else:
-            features.append(jnp.broadcast_to(value, (value.shape[0], *own.shape[1:])))
-            kernels.append(of_group)
-    kernel = jnp.concatenate([*kernels, kernel[own.shape[0] :]])
-    return jnp.concatenate(features), {"kernel": kernel, "bias": bias}
-
-
-def _layer(dense: dict[str, Array], units: int) -> Layer:
+def _layer(kernel: Array, bias: Array, units: int) -> Layer:
     """From a dense layer of ``[x; h]`` whose gates lie side by side."""
-    parts = dense["kernel"][:-units].T, dense["kernel"][-units:].T, dense["bias"]
+    parts = kernel[:-units].T, kernel[-units:].T, bias
     return Layer(*([_pad(gate) for gate in jnp.split(part, 4)] for part in parts))
 
 

@@ -1,11 +1,14 @@
 """The coordinate-wise LSTM: one small network, shared by all coordinates of all models."""
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from advmeta.types import Array
+
+zeros = nn.initializers.zeros
 
 
 class Memory(NamedTuple):
@@ -39,7 +42,7 @@ class LSTM(nn.Module):
         Args:
           own: x, the features of each coordinate, [f, ...].
           shared: s, features that whole rows or tensors share, [f, ...], with axes of 1 so that
-            they broadcast to the coordinates: multiplied once, not once a coordinate.
+            they broadcast to the coordinates.
           memory: of each layer.
 
         Returns:
@@ -47,40 +50,21 @@ class LSTM(nn.Module):
         """
         x, updated = own, []
         for layer, (units, (h, c)) in enumerate(zip(self.hidden, memory, strict=True)):
-            gates = Dense(4 * units, name=f"own_{layer}")(jnp.concatenate([x, h]))
-            for group, value in enumerate(shared if layer == 0 else ()):
-                gates += Dense(4 * units, use_bias=False, name=f"shared_{group}")(value)
-            i, f, g, o = jnp.split(gates, 4)
+            kernel, bias = Affine(4 * units, name=f"own_{layer}")(x.shape[0] + units)
+            if layer == 0:
+                kernels = [
+                    Kernel(4 * units, name=f"shared_{group}")(value.shape[0])
+                    for group, value in enumerate(shared)
+                ]
+                x, kernel, bias = merge_shared(own, shared, kernel, bias, kernels)
+            i, f, g, o = jnp.split(affine(kernel, bias, jnp.concatenate([x, h])), 4)
             c = nn.sigmoid(f + 1.0) * c + nn.sigmoid(i) * jnp.tanh(g)
             h = nn.sigmoid(o) * jnp.tanh(c)
             x = h
             updated.append(Memory(h, c))
         # Zero: before any meta-training the update is the nominal one.
-        zeros = nn.initializers.zeros
-        readout = Dense(self.outputs, kernel_init=zeros, name="readout")(x)
-        return readout, tuple(updated)
-
-
-class Dense(nn.Module):
-    """``W^T x + b`` over the first axis, with the parameters of `flax.linen.Dense`.
-
-    Features first and coordinates last: what follows a product then runs over whole rows of
-    coordinates, where features last would leave rows of a few numbers.
-    """
-
-    outputs: int
-    use_bias: bool = True
-    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """From [f, ...] to [outputs, ...]."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[0], self.outputs))
-        product = jnp.tensordot(kernel, x, axes=(0, 0))
-        if not self.use_bias:
-            return product
-        bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
-        return product + jnp.expand_dims(bias, range(1, x.ndim))
+        kernel, bias = Affine(self.outputs, zeros, name="readout")(x.shape[0])
+        return affine(kernel, bias, x), tuple(updated)
 
 
 class Linear(nn.Module):
@@ -91,9 +75,81 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, shared: tuple[Array, ...]) -> Array:
         """From arrays that broadcast to the coordinates, [f, ...] each, to [outputs, ...]."""
-        zeros = nn.initializers.zeros
         products = [
-            Dense(self.outputs, use_bias=False, kernel_init=zeros, name=f"shared_{group}")(value)
+            product(Kernel(self.outputs, zeros, name=f"shared_{group}")(value.shape[0]), value)
             for group, value in enumerate(shared)
         ]
-        return sum(products) if products else jnp.zeros(self.outputs)
+        return sum(products[1:], start=products[0]) if products else jnp.zeros(self.outputs)
+
+
+class Kernel(nn.Module):
+    """The kernel of a `flax.linen.Dense`, [inputs, outputs]."""
+
+    outputs: int
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, inputs: int) -> Array:
+        return self.param("kernel", self.kernel_init, (inputs, self.outputs))
+
+
+class Affine(nn.Module):
+    """Its kernel, and its bias, [outputs]."""
+
+    outputs: int
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[Array, Array]:
+        kernel = self.param("kernel", self.kernel_init, (inputs, self.outputs))
+        return kernel, self.param("bias", zeros, (self.outputs,))
+
+
+def product(kernel: Array, x: Array) -> Array:
+    """``W^T x``, from [f, ...] to [outputs, ...]."""
+    return jnp.tensordot(kernel, x, axes=(0, 0))
+
+
+def affine(kernel: Array, bias: Array, x: Array) -> Array:
+    """``W^T x + b``; b is [outputs], or broadcasts to [outputs, ...]."""
+    return product(kernel, x) + _with_axes(bias, x.ndim)
+
+
+def _with_axes(bias: Array, ndim: int) -> Array:
+    """[outputs, 1, ...]"""
+    return jnp.expand_dims(bias, range(bias.ndim, ndim))
+
+
+def merge_shared(
+    own: Array, shared: tuple[Array, ...], kernel: Array, bias: Array, kernels: list[Array]
+) -> tuple[Array, Array, Array]:
+    """``W [x; h] + V s + b = W' [x'; h] + b'``: one product over all coordinates for layer 0.
+
+    Shared features that are written out for each coordinate join its own ones; those that broadcast
+    to the coordinates go into the bias.
+
+    Args:
+      own: x, [f, ...].
+      shared: s.
+      kernel: W, [f + units, outputs].
+      bias: b, [outputs].
+      kernels: V, one for each of s.
+
+    Returns:
+      x', W' and b', [outputs, 1, ...] where something went into it.
+    """
+    features, parts = [own], [kernel[: own.shape[0]]]
+    for value, of_value in zip(shared, kernels, strict=True):
+        if value.shape[1:] == own.shape[1:]:
+            features.append(value)
+            parts.append(of_value)
+        else:
+            bias = _with_axes(bias, value.ndim) + product(of_value, value)
+    return jnp.concatenate(features), jnp.concatenate([*parts, kernel[own.shape[0] :]]), bias
+
+
+def flatten(coordinates: tuple[int, ...], x: Array) -> Array:
+    """From [f, ...] that broadcasts to the coordinates to [f, n], n their number or one."""
+    if math.prod(x.shape[1:]) > 1:
+        x = jnp.broadcast_to(x, (x.shape[0], *coordinates))
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))

@@ -1,7 +1,6 @@
 """The meta-optimizer as an optax transformation."""
 
 import functools
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from optax._src.base import NO_PARAMS_MSG  # optax's own words; not exported
 
 from advmeta.meta_optimizer import features, fused, inputs, rule
 from advmeta.meta_optimizer.features import Aim
-from advmeta.meta_optimizer.lstm import LSTM, Linear, Memory
+from advmeta.meta_optimizer.lstm import LSTM, Linear, Memory, flatten
 from advmeta.meta_optimizer.rule import MetaOptimizerConfig
 from advmeta.types import Array, Key, MetaParams, Params, PyTree
 
@@ -143,13 +142,15 @@ def scale_by_meta_optimizer(
 
     def update_tensor(tensor: inputs.Coordinates, shared, offset, memory: tuple[Memory, ...], pace):
         own, wide = inputs.see(config.features, tensor), jax.tree.map(_float32, memory)
+        # If they were constants in the compiled program, XLA would take the product apart again.
+        weights = jax.lax.optimization_barrier(meta_params["lstm"])
         if kernel == "pallas" and tensor.gradient.size:  # no grid without a block
-            readout, updated = fused.apply(meta_params["lstm"], own, shared, wide)
+            readout, updated = fused.apply(weights, own, shared, wide)
         else:
             seen = (own, shared, wide)
             if _has_short_rows(tensor.gradient):
-                seen = jax.tree.map(functools.partial(_flat, tensor.gradient.shape), seen)
-            found = lstm.apply({"params": meta_params["lstm"]}, *seen)
+                seen = jax.tree.map(functools.partial(flatten, tensor.gradient.shape), seen)
+            found = lstm.apply({"params": weights}, *seen)
             readout, updated = jax.tree.map(
                 lambda a: a.reshape(a.shape[0], *tensor.gradient.shape), found
             )
@@ -216,13 +217,6 @@ def _has_short_rows(x: Array) -> bool:
     """
     split = any(jax.typeof(x).sharding.spec)  # as far as an explicit mesh says
     return x.ndim > 1 and x.shape[-1] < SHORT_ROW and not split
-
-
-def _flat(shape: tuple[int, ...], x: Array) -> Array:
-    """From [f, ...] that broadcasts to coordinates of this shape to [f, their number] or [f, 1]."""
-    if math.prod(x.shape[1:]) > 1:
-        x = jnp.broadcast_to(x, (x.shape[0], *shape))
-    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def _zeros(params: Params, *leading: int, dtype: Any = None) -> PyTree:
