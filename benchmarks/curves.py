@@ -9,6 +9,7 @@ records, the table and a plot. Values that are there already are not computed ag
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
@@ -44,6 +45,17 @@ def config(axis: str, dataset: str, value: float, seeds: int) -> TransferConfig:
         inner_steps=int(value) if axis == "steps" else 200,
         batch_size=64 if axis == "examples" else 128,
     )  # fmt: skip
+
+
+def measure(table: TransferConfig, weights: str, adversarial_weights: str, report) -> list[dict]:
+    """Of the table's rows, and of the second weights with FGSM-RS gradients."""
+    adversarial = dataclasses.replace(table, rows=(), inner_gradients=("fgsm-rs",))
+    found = []
+    for part, name in ((table, weights), (adversarial, adversarial_weights)):
+        optimizer = functools.partial(advmeta.load_meta_optimizer, name)
+        records, _ = next(transfer_cells(part, optimizer, key=jax.random.key(0), report=report))
+        found += records
+    return found
 
 
 def curves(records: list[dict]) -> list[dict]:
@@ -84,11 +96,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("axis", choices=VALUES)
     parser.add_argument("--weights", default="mixture")
+    parser.add_argument(
+        "--adversarial-weights", default="mixture-adversarial", help="given FGSM-RS gradients"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--datasets", nargs="+", default=list(EPSILON), choices=EPSILON)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/curves"))
     arguments = parser.parse_args()
-    optimizer = functools.partial(advmeta.load_meta_optimizer, arguments.weights)
+    weights = arguments.weights, arguments.adversarial_weights
     folder, tables, console = arguments.output / arguments.axis, {}, Console()
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in arguments.datasets:
@@ -98,10 +113,7 @@ def main() -> None:
         for value in VALUES[arguments.axis][dataset]:
             if f"{value:g}" not in done:
                 table = config(arguments.axis, dataset, value, arguments.seeds)
-                found, _ = next(
-                    transfer_cells(table, optimizer, key=jax.random.key(0), report=console.print)
-                )
-                records += found
+                records += measure(table, *weights, console.print)
                 replace_file(file, (json.dumps(records, indent=1) + "\n").encode())
         tables[dataset] = records
         (folder / f"{dataset}.md").write_text(advmeta.report.markdown(records))
