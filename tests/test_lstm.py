@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from fixtures.tiny import compile_fast as compile_fast
 
-from advmeta.meta_optimizer.lstm import LSTM, Affine, Linear, Memory, affine
+from advmeta.meta_optimizer.lstm import LSTM, Affine, Linear, Memory, affine, flatten
 
 RNG = np.random.default_rng(0)
 
@@ -46,6 +46,23 @@ def test_equations_written_out():
         x, of_rows = h, 0.0
     expected = h @ p["readout"]["kernel"] + p["readout"]["bias"]
     np.testing.assert_allclose(last(readout), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_coordinates_may_lie_on_one_axis():
+    # With what rows, columns and the whole tensor share; there another product is taken.
+    lstm, coordinates = LSTM((3, 2), outputs=2), (5, 4)
+    shared = normal(3, 5, 1), normal(1, 1, 4), normal(2, 1, 1)
+    memory = tuple(Memory(normal(n, 5, 4), normal(n, 5, 4)) for n in (3, 2))
+    arguments = normal(2, 5, 4), shared, memory
+    variables = random_params(lstm, *arguments)
+    flat = jax.tree.map(functools.partial(flatten, coordinates), arguments)
+    assert flat[1][2].shape == (2, 1) and flat[1][0].shape == (3, 20)
+    found = jax.jit(lstm.apply)(variables, *flat)
+    expected = jax.jit(lstm.apply)(variables, *arguments)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a.reshape(b.shape), b, rtol=1e-5, atol=1e-6),
+        found, expected,
+    )  # fmt: skip
 
 
 def test_coordinates_do_not_see_each_other():

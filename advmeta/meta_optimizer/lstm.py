@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.linen.initializers import Initializer, lecun_normal, zeros
 
 from advmeta.types import Array
-
-zeros = nn.initializers.zeros
 
 
 class Memory(NamedTuple):
@@ -86,7 +85,7 @@ class Kernel(nn.Module):
     """The kernel of a `flax.linen.Dense`, [inputs, outputs]."""
 
     outputs: int
-    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    kernel_init: Initializer = lecun_normal()
 
     @nn.compact
     def __call__(self, inputs: int) -> Array:
@@ -97,7 +96,7 @@ class Affine(nn.Module):
     """Its kernel, and its bias, [outputs]."""
 
     outputs: int
-    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    kernel_init: Initializer = lecun_normal()
 
     @nn.compact
     def __call__(self, inputs: int) -> tuple[Array, Array]:
