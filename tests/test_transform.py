@@ -259,7 +259,7 @@ def masked_nodes(name):
 def map_params(name):
     state = reference(name)[1]
     assert_equal(optax.tree.map_params(make(name), lambda leaf: leaf, state), state)
-    # Everything with a parameter's leading axes is mapped, the counter is not.
+    # Everything with a parameter's axes is mapped, the counter is not.
     zeroed = optax.tree.map_params(make(name), jnp.zeros_like, state)
     kept = [leaf for leaf in jax.tree.leaves(zeroed) if jnp.any(leaf != 0)]
     assert [leaf.tolist() for leaf in kept] == [STEPS]
@@ -343,6 +343,14 @@ for axis_type in (AxisType.Auto, AxisType.Explicit):
             if axis_type == AxisType.Explicit:
                 types = jax.tree.map(jax.typeof, optimizer.init(params))
                 assert types == jax.tree.map(jax.typeof, state), name
+
+# An axis of one device, and a layer with one output on it.
+mesh = jax.make_mesh((8, 1), ("row", "column"), axis_types=(AxisType.Explicit,) * 2)
+with jax.set_mesh(mesh):
+    sharding = NamedSharding(mesh, PartitionSpec("row", "column"))
+    params, optimizer = {"kernel": jax.device_put(jax.numpy.ones((8, 1)), sharding)}, make("all")
+    updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    assert jax.typeof(updates["kernel"]) == jax.typeof(params["kernel"])
 print("sharded as the parameters are")
 """
 

@@ -48,10 +48,10 @@ def share(
     parameter: Array,
     gradient: Array,
     position: LayerPosition,
-    situation: tuple[Array, ...],
+    of_all: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    """The chosen features that rows and tensors share, [f, ...] each; `situation` is the last."""
-    everywhere = tuple(over_coordinates(part, gradient) for part in situation)
+    """The chosen features that rows and tensors share, [f, ...] each; last those of `situation`."""
+    everywhere = tuple(over_coordinates(part, gradient) for part in of_all)
     if "layer" not in chosen:
         return everywhere
     return layer_features(parameter, gradient, position) + everywhere

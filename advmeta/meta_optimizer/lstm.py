@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen.initializers import Initializer, lecun_normal, zeros
 
@@ -93,7 +94,7 @@ class Kernel(nn.Module):
 
 
 class Affine(nn.Module):
-    """Its kernel, and its bias, [outputs]."""
+    """Kernel and bias of a `flax.linen.Dense`, [inputs, outputs] and [outputs]."""
 
     outputs: int
     kernel_init: Initializer = lecun_normal()
@@ -130,16 +131,16 @@ def merge_shared(
     Args:
       own: x, [f, ...].
       shared: s.
-      kernel: W, [f + units, outputs].
+      kernel: the transpose of W, [f + units, outputs].
       bias: b, [outputs].
-      kernels: V, one for each of s.
+      kernels: of V, one for each of s.
 
     Returns:
-      x', W' and b', [outputs, 1, ...] where something went into it.
+      x', the transpose of W', and b', [outputs, 1, ...] where something went into it.
     """
     features, parts = [own], [kernel[: own.shape[0]]]
     for value, of_value in zip(shared, kernels, strict=True):
-        if value.shape[1:] == own.shape[1:]:
+        if jax.typeof(value[:0]) == jax.typeof(own[:0]):  # in shape, and in how it is sharded
             features.append(value)
             parts.append(of_value)
         else:

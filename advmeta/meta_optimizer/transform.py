@@ -19,11 +19,12 @@ from advmeta.types import Array, Key, MetaParams, Params, PyTree
 # The linear map has few weights, which say much of the whole training: a step of meta-training, and
 # a perturbation of evolution strategies, moves it by so much more.
 LINEAR_SCALE = 6
-SHORT_ROW = 32  # coordinates; no one splits an axis of fewer over devices
+SHORT_ROW = 32  # coordinates; few split a tensor with shorter rows over devices
 
 
 class ScaleByMetaOptimizerState(NamedTuple):
-    """Param-shaped trees, one a field, so that a parameter's sharding maps onto its state."""
+    """Param-shaped trees, one a field: mu and nu are sharded as the parameter, and the memory is
+    where its leading axis is not split."""
 
     count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), int32.
     mu: PyTree  # Adam's moments; None where the features do not use them.
@@ -131,8 +132,11 @@ def scale_by_meta_optimizer(
         tensors = map(inputs.Coordinates, leaves, *columns, parameters, pulls, positions)
         pace = rule.pace(config, aim, state.count)
         memories = _split_memory(state.memory, treedef)
+        # A product of constants and of features side by side XLA would take apart into one for
+        # each feature: to it these are no constants.
+        weights = jax.lax.optimization_barrier(meta_params["lstm"])
         stepped: list[tuple[Array, Any]] = [
-            update_tensor(*columns, pace)
+            update_tensor(weights, *columns, pace)
             for columns in zip(tensors, shared, offsets, memories, strict=True)
         ]
         new_updates = treedef.unflatten([u for u, _ in stepped])
@@ -140,10 +144,15 @@ def scale_by_meta_optimizer(
         memory = _join_memory([m for _, m in stepped], treedef, len(config.hidden))
         return new_updates, ScaleByMetaOptimizerState(count, mu, nu, memory)
 
-    def update_tensor(tensor: inputs.Coordinates, shared, offset, memory: tuple[Memory, ...], pace):
+    def update_tensor(
+        weights: MetaParams,
+        tensor: inputs.Coordinates,
+        shared: tuple[Array, ...],
+        offset: Array,
+        memory: tuple[Memory, ...],
+        pace: Array,
+    ):
         own, wide = inputs.see(config.features, tensor), jax.tree.map(_float32, memory)
-        # If they were constants in the compiled program, XLA would take the product apart again.
-        weights = jax.lax.optimization_barrier(meta_params["lstm"])
         if kernel == "pallas" and tensor.gradient.size:  # no grid without a block
             readout, updated = fused.apply(weights, own, shared, wide)
         else:
@@ -212,10 +221,11 @@ def _float32(x: Array) -> Array:
 def _has_short_rows(x: Array) -> bool:
     """Whether the LSTM had better see the coordinates on one axis than on those of x.
 
-    CPUs run over the last axis, where 20 numbers take as long as 32. But an axis that is split over
-    devices cannot be merged in place, so longer ones, which may be, stay.
+    CPUs run over the last axis, where 20 numbers take as long as 32. But axes cannot be merged in
+    place where another than the first is split over devices. An explicit mesh says so here; else
+    the compiler gathers the tensor's state, so tensors with longer rows keep their axes.
     """
-    split = any(jax.typeof(x).sharding.spec)  # as far as an explicit mesh says
+    split = any(jax.typeof(x).sharding.spec)
     return x.ndim > 1 and x.shape[-1] < SHORT_ROW and not split
 
 
