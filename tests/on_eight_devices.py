@@ -117,7 +117,7 @@ def test_an_optimizee_may_be_split_over_an_axis_of_its_own(on_one_device):
 def test_an_update_leaves_every_parameter_where_it_is():
     config = MetaOptimizerConfig(hidden=(2,))
     mesh = make_mesh((4, 2), "data", "model")
-    params = random_like({"kernel": np.zeros((32, 32), np.float32)})
+    params = random_like({"kernel": np.zeros((32, 16), np.float32)})
     params = jax.device_put(params, NamedSharding(mesh, P("data", "model")))
     optimizer = scale_by_meta_optimizer(random_meta_params(config), config)
     state = optimizer.init(params)
@@ -125,4 +125,4 @@ def test_an_update_leaves_every_parameter_where_it_is():
     found = collectives(compiled)
     assert {name for name, _ in found} == {"all-reduce"}
     # Means of rows and columns, each of a device's part, and sums.
-    assert max(math.prod(shape) for _, shape in found) <= max(32 / 4, 32 / 2)
+    assert max(math.prod(shape) for _, shape in found) <= 8

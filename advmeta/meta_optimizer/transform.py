@@ -19,7 +19,7 @@ from advmeta.types import Array, Key, MetaParams, Params, PyTree
 # The linear map has few weights, which say much of the whole training: a step of meta-training, and
 # a perturbation of evolution strategies, moves it by so much more.
 LINEAR_SCALE = 6
-SHORT_ROW = 32  # coordinates; few split a tensor with shorter rows over devices
+SHORT_ROW = 32  # coordinates
 
 
 class ScaleByMetaOptimizerState(NamedTuple):
@@ -221,11 +221,11 @@ def _float32(x: Array) -> Array:
 def _has_short_rows(x: Array) -> bool:
     """Whether the LSTM had better see the coordinates on one axis than on those of x.
 
-    CPUs run over the last axis, where 20 numbers take as long as 32. But axes cannot be merged in
-    place where another than the first is split over devices. An explicit mesh says so here; else
-    the compiler gathers the tensor's state, so tensors with longer rows keep their axes.
+    CPUs run over the last axis, where 20 numbers take as long as 32. But axes that are split over
+    devices cannot be merged in place, and only an explicit mesh says here that they are: where
+    there are several devices, all axes stay.
     """
-    split = any(jax.typeof(x).sharding.spec)
+    split = jax.device_count() > 1 or any(jax.typeof(x).sharding.spec)
     return x.ndim > 1 and x.shape[-1] < SHORT_ROW and not split
 
 
