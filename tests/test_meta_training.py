@@ -154,7 +154,7 @@ def test_meta_gradient_agrees_with_finite_differences():
 
 def test_recomputing_changes_memory_and_not_the_meta_gradient():
     # Without it, what a step stores is there as often as there are steps.
-    # No unit of tanh is dead: no moment of Adam's is zero, where its root has no derivative.
+    # No unit of tanh is dead: no moment of Adam's is zero, where its root is steep.
     family = tiny_family(optimizees.mlp((3,), "tanh", 3))
     phi = random_meta_params(CONFIG.meta_optimizer)
     lane = jax.jit(functools.partial(new_lane, CONFIG, family))(phi, KEY)

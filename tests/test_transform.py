@@ -432,6 +432,21 @@ def test_coordinates_share_a_part_of_the_root(p):
     assert_close(updates, jax.tree.map(expected, gradient), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-13, 0.0])
+def test_weights_that_vanish_have_a_moderate_derivative(size):
+    # Those of a pixel that is always dark have L2 for a gradient, and go to zero by it. It was
+    # 35,000 there, which overflows after some steps of backpropagation.
+    config = MetaOptimizerConfig((2,), ("adam",), regularisation=0.01)
+    ours = scale_by_meta_optimizer(nominal(random_meta_params(config)), config)
+    gradient = {"w": jnp.array([[0.1, -0.2], [0.0, 0.0]])}
+    params = {"w": jnp.array([[1.0, 1.0], [size, -size]])}
+
+    def moved(params):
+        return ours.update(gradient, ours.init(params), params)[0]["w"].sum()
+
+    assert abs(jax.grad(moved)(params)["w"]).max() < 10
+
+
 def l2_regularised(mu, factor=1.0):
     """Adds factor min(mu, 0.3 rms(g) / rms(theta)) theta to the gradients."""
 

@@ -17,6 +17,8 @@ B1, B2, EPSILON = 0.9, 0.999, 1e-8
 # A tensor whose RMS is below so many of Adam's steps is pulled in proportion to it: without that a
 # model that has become small is pulled over zero and dies.
 SMALL = 4
+# Below this share of the tensor's mean a coordinate's second moment says nothing.
+NEGLIGIBLE = 1e-8
 # The nominal L2 term is at most this share of the gradient (RMS): where gradients are tiny, as
 # early in a residual network, Adam would otherwise walk to zero.
 LARGEST_SHARE = 0.3
@@ -125,9 +127,10 @@ def adam(
     p = config.adaptivity
 
     def inverse_root(v: Array) -> Array:
-        # Of a zero, that of a dead unit's bias, a power has no derivative; of this it does. CPUs
-        # have logarithms and exponentials of whole vectors, and take powers one at a time.
-        v = v / (1 - B2**t) + 1e-30
+        # At zero, where the moments of a dead pixel's weights go, a power has a derivative that
+        # overflows. CPUs have logarithms and exponentials of whole vectors, but of powers none.
+        v = v / (1 - B2**t)
+        v += NEGLIGIBLE * v.mean() + 1e-30
         return 1 / (jnp.exp(p * jnp.log(v) + (0.5 - p) * jnp.log(v.mean())) + EPSILON)
 
     scale = jax.tree.map(inverse_root, nu)
