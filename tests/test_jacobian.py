@@ -44,6 +44,9 @@ def test_gain_of_two_matrices():
     [
         (optimizees.linear(4), (2, 3, 1)),
         (optimizees.mlp((5, 6), "tanh", 4), (2, 3, 1)),
+        # Windows of 3 x 3 pixels overlap, and the last ones reach over the edge of the image.
+        (optimizees.cnn((3,), "tanh", 4), (6, 6, 2)),
+        (optimizees.cnn((3, 5), "tanh", 4), (8, 8, 2)),
     ],
 )
 def test_gain_is_that_of_the_model_where_its_activations_are_linear(optimizee, image):
@@ -56,9 +59,28 @@ def test_gain_is_that_of_the_model_where_its_activations_are_linear(optimizee, i
     assert gain(*kernels_of(params), "l2") == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_places_of_a_convolution_are_outputs_of_their_own():
-    # A model without overlap: stride = window, so that each pixel is seen from one place. Then the
-    # sum over places and classes of |J| is that over pixels and classes.
+def test_places_of_an_image_that_is_no_square_are_outputs_of_their_own():
+    params = optimizees.cnn((3,), "tanh", 4).init(jax.random.key(0), (4, 2, 1))
+    kernels, positions = kernels_of(params)
+    window, dense = kernels[0].reshape(9, 3), kernels[1].reshape(2, 3, 4)
+    jacobian = jnp.einsum("io,poe->ipe", window, dense - dense.mean(axis=2, keepdims=True))
+    expected = jnp.linalg.norm(jacobian, axis=0).sum()
+    assert gain(kernels, positions, "l2") == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_places_are_one_where_j_would_have_too_many_entries(monkeypatch):
+    params = optimizees.cnn((3,), "tanh", 4).init(jax.random.key(0), (4, 4, 1))
+    kernels, positions = kernels_of(params)
+    monkeypatch.setattr("advmeta.meta_optimizer.jacobian.MOST_ENTRIES", 9 * 4 * 4 - 1)
+    mean = kernels[1].reshape(4, 3, 4).mean(axis=0)
+    expected = jnp.linalg.norm(
+        kernels[0].reshape(9, 3) @ (mean - mean.mean(axis=1, keepdims=True)), axis=0
+    )
+    assert gain(kernels, positions, "l2") == pytest.approx(float(expected.sum()), rel=1e-4)
+
+
+def test_windows_of_an_even_patch_lie_side_by_side():
+    # Stride = window: each pixel is seen from one place.
     convolution, dense = normal(2, 2, 1, 3), normal(2 * 2 * 3, 4)
 
     def model(x):  # [4, 4, 1]
@@ -71,6 +93,21 @@ def test_places_of_a_convolution_are_outputs_of_their_own():
     kernels = [convolution, dense]
     found = gain(kernels, features.layer_positions(kernels))
     assert found == pytest.approx(float(jnp.abs(jacobian).sum()), rel=0.02)  # softened
+
+
+def test_a_window_of_one_pixel_is_a_matrix_at_each_place():
+    window, mixing, dense = normal(3, 3, 2, 3), normal(3, 5), normal(4 * 5, 4)
+    apart, merged = [window, mixing[None, None], dense], [window @ mixing, dense]
+    found = (gain(kernels, features.layer_positions(kernels)) for kernels in (apart, merged))
+    assert next(found) == pytest.approx(float(next(found)), rel=1e-4)
+
+
+def test_large_windows_lie_side_by_side():
+    window, dense = normal(8, 8, 2, 3), normal(4 * 3, 4)
+    centred = (dense - dense.mean(axis=1, keepdims=True)).reshape(4, 3, 4)
+    jacobian = np.einsum("xo,poe->xpe", window.reshape(-1, 3), centred)
+    found = gain([window, dense], features.layer_positions([window, dense]))
+    assert found == pytest.approx(float(np.abs(jacobian).sum()), rel=0.02)  # softened
 
 
 def test_layers_that_do_not_follow_each_other_are_chains_of_their_own():
@@ -125,3 +162,20 @@ def test_an_equinox_layer_is_pulled_as_its_transpose():
     np.testing.assert_allclose(found[0].T, ours[0], rtol=1e-4, atol=1e-5)
     second_pull = found[1].T.reshape(3, 2, 4).swapaxes(0, 1).reshape(6, 4)
     np.testing.assert_allclose(second_pull, ours[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_pytorch_like_convolution_is_pulled_as_its_transpose():
+    class Layer(eqx.Module):
+        weight: jax.Array  # (outputs, inputs, ...)
+
+    params = optimizees.cnn((3, 4), num_classes=5).init(jax.random.key(1), (8, 8, 2))
+    kernels, positions = kernels_of(params)
+    theirs = [Layer(k.transpose(3, 2, 0, 1)) for k in kernels[:2]]
+    # Its features are flattened with the places of a channel next to each other.
+    theirs.append(Layer(kernels[2].reshape(4, 4, 5).transpose(2, 1, 0).reshape(5, 16)))
+    found = pull([layer.weight for layer in theirs], features.layer_positions(theirs))
+    expected = pull(kernels, positions)
+    for direction, other in zip(expected[:2], found[:2], strict=True):
+        np.testing.assert_allclose(other.transpose(2, 3, 1, 0), direction, rtol=1e-3, atol=1e-4)
+    last = found[2].reshape(5, 4, 4).transpose(2, 1, 0).reshape(16, 5)
+    np.testing.assert_allclose(last, expected[2], rtol=1e-3, atol=1e-4)

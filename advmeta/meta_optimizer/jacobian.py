@@ -5,10 +5,12 @@ derivative of a chain of layers is the product of their kernels, with activation
 a kernel's update knows nothing of; this looks at the product alone.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, auto_axes
 
 from advmeta.meta_optimizer.features import LayerPosition
@@ -19,6 +21,9 @@ from advmeta.types import Array, Norm
 SOFTNESS = 0.16
 # Places that a kernel looks at are kept apart as long as J has fewer entries than that.
 MOST_ENTRIES = 1 << 18
+# A kernel does not say how far apart the places are that it is applied at. Most convolutions go
+# along with a halving of the image, by a stride or by pooling; larger windows lie side by side.
+STRIDE, LARGEST_WINDOW = 2, 7  # pixels
 
 
 def pull(kernels: list[Array], positions: list[LayerPosition], norm: Norm = "linf") -> list[Array]:
@@ -61,8 +66,11 @@ def gain(kernels: list[Array], positions: list[LayerPosition], norm: Norm = "lin
     sees differences of logits alone. ``|j|`` is softened to ``s log(e^{j / s} + e^{-j / s})``.
 
     A layer whose inputs are not a multiple of the outputs of the one before it starts a chain of
-    its own. Where they are, as between convolutions, they are that layer's outputs at several
-    places, each of which counts as an output of its own.
+    its own. Where they are, as above a convolution, they are that layer's outputs at several
+    places: J is then by all pixels under all windows, which overlap as in a "SAME" convolution of
+    stride 2 of a square image. Where the places are no square, or windows are larger than 7 pixels
+    a side, each place counts as an output of its own; where J would have too many entries, J is by
+    the mean over the places.
     """
     chains, jacobian = [], jnp.zeros((0, 0))
     for i in reversed(range(len(kernels))):
@@ -74,7 +82,7 @@ def gain(kernels: list[Array], positions: list[LayerPosition], norm: Norm = "lin
             chains.append(jacobian)
             jacobian = matrix
         else:
-            jacobian = matrix @ _by_output(jacobian, positions[i + 1], *matrix.shape)
+            jacobian = _chain(kernels[i], positions[i], jacobian, positions[i + 1])
     return sum((_dual(j, norm) for j in [*chains, jacobian]), start=jnp.zeros([]))
 
 
@@ -83,16 +91,47 @@ def _matrix(kernel: Array, position: LayerPosition) -> Array:
     return jnp.moveaxis(kernel, position.outputs, -1).reshape(-1, kernel.shape[position.outputs])
 
 
-def _by_output(jacobian: Array, position: LayerPosition, rows: int, outputs: int) -> Array:
-    """From a row for each place and output of the layer before to a row for each output."""
+def _chain(kernel: Array, position: LayerPosition, jacobian: Array, above: LayerPosition) -> Array:
+    """From J by this layer's outputs at all places to J by its inputs, [rows, columns] both."""
+    matrix = _matrix(kernel, position)
+    rows, outputs = matrix.shape
     places, columns = jacobian.shape[0] // outputs, jacobian.shape[1]
-    if position.outputs == 0:  # (outputs, inputs, ...): places vary fastest
-        apart = jacobian.reshape(outputs, places, columns)
+    if above.outputs == 0:  # (outputs, inputs, ...): places vary fastest
+        apart = jacobian.reshape(outputs, places, columns).swapaxes(0, 1)
     else:
-        apart = jacobian.reshape(places, outputs, columns).swapaxes(0, 1)
+        apart = jacobian.reshape(places, outputs, columns)
     if rows * places * columns > MOST_ENTRIES:
-        return apart.mean(axis=1)
-    return apart.reshape(outputs, places * columns)
+        return matrix @ apart.mean(axis=0)
+    side = math.isqrt(places)
+    if side**2 == places > 1 and kernel.ndim == 4:
+        transposed = position.outputs == 0  # (outputs, inputs, height, width)
+        windows = kernel.transpose(2, 3, 1, 0) if transposed else kernel
+        if max(windows.shape[:2]) <= LARGEST_WINDOW:
+            image = _under_windows(windows, apart.reshape(side, side, outputs, columns))
+            return (image.transpose(2, 0, 1, 3) if transposed else image).reshape(-1, columns)
+    return matrix @ apart.swapaxes(0, 1).reshape(outputs, places * columns)
+
+
+def _under_windows(kernel: Array, jacobian: Array) -> Array:
+    """The transpose of a "SAME" convolution with the kernel [kh, kw, inputs, outputs].
+
+    From J by its outputs, [h, w, outputs, columns], to J by its inputs, [2h, 2w, inputs, columns],
+    or [h, w, ...] where the window is one pixel.
+    """
+    window, places = kernel.shape[:2], jacobian.shape[:2]
+    strides = [min(STRIDE, pixels) for pixels in window]
+    # What the windows hand down to their pixel (i, j) lies strides apart in the padded image.
+    handed = jnp.einsum("hwoe,ijco->ijhwce", jacobian, kernel)
+    parts, zero = [], jnp.zeros((), handed.dtype)
+    for pixel in np.ndindex(*window):
+        apart = [(i, k - 1 - i, s - 1) for i, k, s in zip(pixel, window, strides, strict=True)]
+        parts.append(jax.lax.pad(handed[pixel], zero, [*apart, (0, 0, 0), (0, 0, 0)]))
+    image = sum(parts[1:], start=parts[0])
+    (top, left), (rows, columns) = (
+        [(k - s) // 2 for k, s in zip(window, strides, strict=True)],
+        [s * n for s, n in zip(strides, places, strict=True)],
+    )
+    return image[top : top + rows, left : left + columns]
 
 
 def _dual(jacobian: Array, norm: Norm) -> Array:
