@@ -16,11 +16,13 @@ import pathlib
 
 import jax
 import matplotlib.pyplot as plt
+import numpy as np
 from rich.console import Console
 
 import advmeta
-from advmeta.evaluation.transfer import META_OPTIMIZER, Cell, TransferConfig, transfer_cells
-from advmeta.report.plots import mean_curve
+from advmeta.evaluation.transfer import Cell, TransferConfig, transfer_cells
+from advmeta.report.records import row_of
+from advmeta.report.style import RC, looks
 from advmeta.run_folder import replace_file
 from benchmarks.transfer import ROWS
 
@@ -58,38 +60,40 @@ def measure(table: TransferConfig, weights: str, adversarial_weights: str, repor
     return found
 
 
-def curves(records: list[dict]) -> list[dict]:
-    """A curve a row and seed, with robust accuracy at each value."""
-    found: dict[tuple, dict] = {}
-    for r in records:
-        who = r["optimizer"], r["inner_gradient"], r["seed"]
-        empty = {"name": f"{who[0]}, {who[1]} gradients", "value": [], "robust_accuracy": []}
-        curve = found.setdefault(who, empty)
-        curve["value"].append(float(r["setting"]))
-        curve["robust_accuracy"].append(r["robust_accuracy"])
-    return list(found.values())
+def curve(records: list[dict], value: str) -> tuple[list[float], list[float], list[float]]:
+    """The values, and mean and spread over the seeds at each of them, of records of one row."""
+    found = {v: [r[value] for r in records if r["setting"] == v] for v in settings(records)}
+    spreads = [float(np.std(ys, ddof=1)) if len(ys) > 1 else 0.0 for ys in found.values()]
+    return [float(v) for v in found], [float(np.mean(ys)) for ys in found.values()], spreads
+
+
+def settings(records: list[dict]) -> list[str]:
+    return sorted({r["setting"] for r in records}, key=float)
 
 
 def plot(axis: str, tables: dict[str, list[dict]], path: pathlib.Path) -> None:
-    figure, axes = plt.subplots(1, len(tables), figsize=(5 * len(tables), 3.6), squeeze=False)
-    for ax, (dataset, records) in zip(axes[0], tables.items(), strict=True):
-        found = curves(records)
-        for name in dict.fromkeys(curve["name"] for curve in found):
-            same = [curve for curve in found if curve["name"] == name]
-            xs, means, spreads = mean_curve(same, "value", "robust_accuracy")
-            width = 2.5 if name.startswith(META_OPTIMIZER) else 1.2
-            (line,) = ax.plot(xs, means, marker="o", markersize=3, linewidth=width, label=name)
-            ax.fill_between(xs, means - spreads, means + spreads, color=line.get_color(), alpha=0.1)
-        ax.set_xscale("log")
-        ax.set_xticks(VALUES[axis][dataset], [f"{v:g}" for v in VALUES[axis][dataset]])
-        ax.minorticks_off()
-        fixed = "" if axis == "epsilon" else f", linf {EPSILON[dataset]}"
-        ax.set(title=f"{dataset}, {MODEL}{fixed}", xlabel=LABELS[axis], ylim=(0, None))
-        ax.set_ylabel("robust accuracy, AutoAttack")
-        ax.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(1, len(tables), figsize=(5.6 * len(tables), 4.4), squeeze=False)
+        for ax, (dataset, records) in zip(axes[0], tables.items(), strict=True):
+            for row, look in looks(map(row_of, records)).items():
+                xs, means, spreads = curve(
+                    [r for r in records if row_of(r) == row], "robust_accuracy"
+                )  # fmt: skip
+                ax.errorbar(
+                    xs, means, spreads, **look.line, marker=look.marker, ms=4, elinewidth=0.8,
+                    label=row.label,
+                )  # fmt: skip
+            ax.set_xscale("log")
+            ax.set_xticks([float(v) for v in settings(records)], settings(records))
+            ax.minorticks_off()
+            fixed = "" if axis == "epsilon" else f", linf {EPSILON[dataset]}"
+            ax.set(title=f"{dataset}, {MODEL}{fixed}", xlabel=LABELS[axis], ylim=(0, None))
+            ax.set_ylabel("robust accuracy, AutoAttack")
+            ax.grid(axis="y")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=2 * len(tables))
+        figure.tight_layout(rect=(0, 0.2, 1, 1))
+        figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -100,6 +104,8 @@ def main() -> None:
         "--adversarial-weights", default="mixture-adversarial", help="given FGSM-RS gradients"
     )
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--values", nargs="+", type=float, help="instead of all of `VALUES`")
+    parser.add_argument("--rows", nargs="*", default=ROWS, help="of the rivals")
     parser.add_argument("--datasets", nargs="+", default=list(EPSILON), choices=EPSILON)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/curves"))
     arguments = parser.parse_args()
@@ -107,14 +113,16 @@ def main() -> None:
     folder, tables, console = arguments.output / arguments.axis, {}, Console()
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in arguments.datasets:
-        file = folder / f"{dataset}.json"
-        records = json.loads(file.read_text()) if file.exists() else []
+        file = folder / f"{dataset}.jsonl"
+        records = [json.loads(line) for line in file.open()] if file.exists() else []
         done = {record["setting"] for record in records}
-        for value in VALUES[arguments.axis][dataset]:
+        for value in arguments.values or VALUES[arguments.axis][dataset]:
             if f"{value:g}" not in done:
                 table = config(arguments.axis, dataset, value, arguments.seeds)
+                table = dataclasses.replace(table, rows=tuple(arguments.rows))
                 records += measure(table, *weights, console.print)
-                replace_file(file, (json.dumps(records, indent=1) + "\n").encode())
+                lines = "".join(json.dumps(record) + "\n" for record in records)
+                replace_file(file, lines.encode())
         tables[dataset] = records
         (folder / f"{dataset}.md").write_text(advmeta.report.markdown(records))
     plot(arguments.axis, tables, folder / "curves.png")

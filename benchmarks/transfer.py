@@ -22,6 +22,7 @@ import json
 import pathlib
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from rich.console import Console
@@ -34,6 +35,7 @@ from advmeta.evaluation.transfer import (
     MakeMetaOptimizer,
     TransferConfig,
 )
+from advmeta.report.style import COLORS, RC
 from advmeta.table_command import make_table
 
 CIFAR = "cifar"
@@ -71,6 +73,16 @@ SUMMARY = (
     ("**meta-optimizer, FGSM-RS**", 2, META_OPTIMIZER, ("fgsm-rs",)),
 )
 
+# Those of them that the figure shows: colour and marker.
+MARKS = {
+    "Adam, learning rate tuned": ("muted", "o"),
+    "best with decay or noise tuned": ("clean", "s"),
+    "**meta-optimizer, clean**": ("meta", "d"),
+    "**meta-optimizer, noisy**": ("meta", "D"),
+    "adversarial training, tuned": ("adversarial", "^"),
+    "**meta-optimizer, FGSM-RS**": ("noisy", "D"),
+}
+
 
 def values(records: list[dict], optimizer: str, inner_gradient: str, name: str) -> list[float]:
     """Of a row, one a seed."""
@@ -93,6 +105,34 @@ def summary(records: list[dict]) -> str:
             cells.append(f"**{text}**" if label.startswith("**") and best else text)
         lines.append([label, str(gradients), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def plot(records: list[dict], path: pathlib.Path) -> None:
+    """The README's table as a figure."""
+    settings = list(dict.fromkeys(r["setting"] for r in records))
+    with plt.rc_context(RC):
+        figure, ax = plt.subplots(figsize=(8.6, 3.6))
+        shown = [row for row in SUMMARY if row[0] in MARKS]
+        for place, (label, _, optimizer, inner_gradients) in enumerate(shown):
+            columns, found = [], []
+            for column, setting in enumerate(settings):
+                here = [r for r in records if r["setting"] == setting]
+                of_rows = [values(here, optimizer, g, "robust_accuracy") for g in inner_gradients]
+                if any(of_rows):
+                    columns.append(column + 0.1 * (place - (len(shown) - 1) / 2))
+                    found.append(max(filter(None, of_rows), key=np.mean))
+            color, marker = MARKS[label]
+            ax.errorbar(
+                columns, [np.mean(row) for row in found], [np.std(row, ddof=1) for row in found],
+                fmt=marker, ms=5, color=COLORS[color][0], elinewidth=1, label=label.strip("*"),
+            )  # fmt: skip
+        ax.set_xticks(range(len(settings)), [s.replace(", ", ",\n") for s in settings])
+        ax.set(ylabel="robust accuracy, AutoAttack", ylim=(0, None))
+        ax.grid(axis="y")
+        figure.legend(loc="lower center", ncols=3)
+        figure.tight_layout(rect=(0, 0.13, 1, 1))
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
 
 
 def mean(records: list[dict], optimizer: str, *inner_gradients: str, name: str) -> float:
@@ -156,11 +196,12 @@ def main() -> None:
 
 
 def write(records: list[dict], folder: pathlib.Path) -> None:
-    """The records, both tables, and the verdict."""
+    """The records, both tables, the figure, and the verdict."""
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "records.jsonl").write_text(lines)
     (folder / "table.md").write_text(advmeta.report.markdown(records))
     (folder / "summary.md").write_text(summary(records))
+    plot(records, folder / "summary.png")
     found = verdict(records)
     (folder / "verdict.json").write_text(json.dumps(found, indent=1) + "\n")
     for line in found:
