@@ -83,14 +83,20 @@ def plot(records: list[dict], rivals: list[dict], path: pathlib.Path) -> None:
     """Robust against clean accuracy, a panel a column; rivals under PGD, too."""
     settings = list(dict.fromkeys(r["setting"] for r in records))
     with plt.rc_context(RC):
+        rows, columns = -(-len(settings) // 3), min(len(settings), 3)
         figure, axes = plt.subplots(
-            1, len(settings), figsize=(3.1 * len(settings), 3.1), squeeze=False
+            rows, columns, figsize=(3.3 * columns, 2.9 * rows + 0.5), squeeze=False
         )  # fmt: skip
-        for ax, setting in zip(axes[0], settings, strict=True):
+        for ax in axes.flat[len(settings) :]:
+            ax.set_visible(False)
+        for ax, setting in zip(axes.flat, settings, strict=False):
             clean, robust = (curve(records, setting, f"{k}_accuracy") for k in ("clean", "robust"))
             ax.plot(clean, robust, "-D", ms=4, color=COLORS["meta"][0], label="mixture, clean")
             for told, x, y in zip(TOLD, clean, robust, strict=True):
-                ax.annotate(f"{told:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7)
+                if told in (TOLD[0], 1, TOLD[-1]):
+                    ax.annotate(
+                        f"{told:g}", (x, y), (0, 5), textcoords="offset points", ha="center"
+                    )
             here = [r for r in rivals if r["setting"] == setting]
             for optimizer, gradient, color, marker, label in RIVALS if here else ():
                 point = [
@@ -98,12 +104,16 @@ def plot(records: list[dict], rivals: list[dict], path: pathlib.Path) -> None:
                     for name in ("clean_accuracy", "pgd_accuracy")
                 ]
                 ax.plot(*point, marker, ms=6, color=COLORS[color][0], label=label)
-            ax.set(title=setting, xlabel="clean accuracy")
+            ax.set(title=setting)
+            ax.margins(0.1)
             ax.grid()
-        axes[0, 0].set_ylabel("robust accuracy, PGD")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("robust accuracy, PGD")
+        for ax in axes[-1]:
+            ax.set_xlabel("clean accuracy")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=len(labels))
-        figure.tight_layout(rect=(0, 0.07, 1, 1))
+        figure.legend(handles, labels, loc="lower center", ncols=3)
+        figure.tight_layout(rect=(0, 0.2 / rows, 1, 1))
         figure.savefig(path, dpi=130)
 
 

@@ -62,7 +62,7 @@ def load_card(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     """How a meta-optimizer was made: command, seed, hardware, versions, training, selection.
 
     Of those that come with the package, "tested" holds what models came to that it had not met,
-    and "weak_at" where others do better.
+    "weak_at" where others do better, and "changed_since" what has become of the code that made it.
 
     Args and errors as in `load_meta_optimizer`.
 
