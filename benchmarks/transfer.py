@@ -60,28 +60,18 @@ RIVALS = {
 }
 NOMINAL = "nominal rule"
 # Rows of the README's table: a name, gradients a step, the optimizer and its inner gradients, of
-# which the best of each column is shown.
+# which the best of each column is shown; and colour and marker, where the figure shows it.
 SUMMARY = (
-    ("Adam, learning rate tuned", 1, "adam, no decay", ("clean",)),
-    ("best with decay or noise tuned", 1, "adam", ("clean", "noisy")),
-    ("the rule before meta-training, clean", 1, NOMINAL, ("clean",)),
-    ("the same, noisy", 1, NOMINAL, ("noisy",)),
-    ("**meta-optimizer, clean**", 1, META_OPTIMIZER, ("clean",)),
-    ("**meta-optimizer, noisy**", 1, META_OPTIMIZER, ("noisy",)),
-    ("FGSM-RS training, tuned", 2, "adam", ("fgsm-rs",)),
-    ("adversarial training, tuned", 8, "adam", ("adversarial",)),
-    ("**meta-optimizer, FGSM-RS**", 2, META_OPTIMIZER, ("fgsm-rs",)),
+    ("Adam, learning rate tuned", 1, "adam, no decay", ("clean",), ("muted", "o")),
+    ("best with decay or noise tuned", 1, "adam", ("clean", "noisy"), ("clean", "s")),
+    ("the rule before meta-training, clean", 1, NOMINAL, ("clean",), None),
+    ("the same, noisy", 1, NOMINAL, ("noisy",), None),
+    ("**meta-optimizer, clean**", 1, META_OPTIMIZER, ("clean",), ("meta", "d")),
+    ("**meta-optimizer, noisy**", 1, META_OPTIMIZER, ("noisy",), ("meta", "D")),
+    ("FGSM-RS training, tuned", 2, "adam", ("fgsm-rs",), None),
+    ("adversarial training, tuned", 8, "adam", ("adversarial",), ("adversarial", "^")),
+    ("**meta-optimizer, FGSM-RS**", 2, META_OPTIMIZER, ("fgsm-rs",), ("noisy", "D")),
 )
-
-# Those of them that the figure shows: colour and marker.
-MARKS = {
-    "Adam, learning rate tuned": ("muted", "o"),
-    "best with decay or noise tuned": ("clean", "s"),
-    "**meta-optimizer, clean**": ("meta", "d"),
-    "**meta-optimizer, noisy**": ("meta", "D"),
-    "adversarial training, tuned": ("adversarial", "^"),
-    "**meta-optimizer, FGSM-RS**": ("noisy", "D"),
-}
 
 
 def values(records: list[dict], optimizer: str, inner_gradient: str, name: str) -> list[float]:
@@ -90,19 +80,24 @@ def values(records: list[dict], optimizer: str, inner_gradient: str, name: str) 
     return [r[name] for r in records if (r["optimizer"], r["inner_gradient"]) == row]
 
 
+def best(records: list[dict], setting: str, optimizer: str, inner_gradients) -> list[float] | None:
+    """Robust accuracy, one a seed, of the best of these rows in a column; None: none is there."""
+    here = [r for r in records if r["setting"] == setting]
+    found = [values(here, optimizer, name, "robust_accuracy") for name in inner_gradients]
+    return max(filter(None, found), key=np.mean, default=None)
+
+
 def summary(records: list[dict]) -> str:
     """The README's table: robust accuracy, mean and sample standard deviation over the seeds."""
     settings = list(dict.fromkeys(r["setting"] for r in records))
     lines = [["", "gradients<br>a step", *(s.replace(", ", ",<br>") for s in settings)]]
     lines.append(["---"] + [":-:"] * (len(settings) + 1))
-    for label, gradients, optimizer, inner_gradients in SUMMARY:
+    for label, gradients, *row, _ in SUMMARY:
         cells = []
         for setting in settings:
-            here = [r for r in records if r["setting"] == setting]
-            found = [values(here, optimizer, name, "robust_accuracy") for name in inner_gradients]
-            best = max(filter(None, found), key=np.mean, default=None)
-            text = f"{np.mean(best):.3f} ± {np.std(best, ddof=1):.3f}" if best else "-"
-            cells.append(f"**{text}**" if label.startswith("**") and best else text)
+            robust = best(records, setting, *row)
+            text = f"{np.mean(robust):.3f} ± {np.std(robust, ddof=1):.3f}" if robust else "-"
+            cells.append(f"**{text}**" if label.startswith("**") and robust else text)
         lines.append([label, str(gradients), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -110,20 +105,16 @@ def summary(records: list[dict]) -> str:
 def plot(records: list[dict], path: pathlib.Path) -> None:
     """The README's table as a figure."""
     settings = list(dict.fromkeys(r["setting"] for r in records))
+    shown = [row for row in SUMMARY if row[-1]]
     with plt.rc_context(RC):
         figure, ax = plt.subplots(figsize=(8.6, 3.6))
-        shown = [row for row in SUMMARY if row[0] in MARKS]
-        for place, (label, _, optimizer, inner_gradients) in enumerate(shown):
-            columns, found = [], []
-            for column, setting in enumerate(settings):
-                here = [r for r in records if r["setting"] == setting]
-                of_rows = [values(here, optimizer, g, "robust_accuracy") for g in inner_gradients]
-                if any(of_rows):
-                    columns.append(column + 0.1 * (place - (len(shown) - 1) / 2))
-                    found.append(max(filter(None, of_rows), key=np.mean))
-            color, marker = MARKS[label]
+        for place, (label, _, *row, (color, marker)) in enumerate(shown):
+            found = {at: best(records, setting, *row) for at, setting in enumerate(settings)}
+            found = {at: robust for at, robust in found.items() if robust}
             ax.errorbar(
-                columns, [np.mean(row) for row in found], [np.std(row, ddof=1) for row in found],
+                [at + 0.1 * (place - (len(shown) - 1) / 2) for at in found],
+                [np.mean(robust) for robust in found.values()],
+                [np.std(robust, ddof=1) for robust in found.values()],
                 fmt=marker, ms=5, color=COLORS[color][0], elinewidth=1, label=label.strip("*"),
             )  # fmt: skip
         ax.set_xticks(range(len(settings)), [s.replace(", ", ",\n") for s in settings])

@@ -130,8 +130,9 @@ def adam(
         # At zero, where the moments of a dead pixel's weights go, a power has a derivative that
         # overflows. CPUs have logarithms and exponentials of whole vectors, but of powers none.
         v = v / (1 - B2**t)
-        v += NEGLIGIBLE * v.mean() + 1e-30
-        return 1 / (jnp.exp(p * jnp.log(v) + (0.5 - p) * jnp.log(v.mean())) + EPSILON)
+        mean = v.mean() + 1e-30
+        v += NEGLIGIBLE * mean + 1e-30
+        return 1 / (jnp.exp(p * jnp.log(v) + (0.5 - p) * jnp.log(mean)) + EPSILON)
 
     scale = jax.tree.map(inverse_root, nu)
     direction = jax.tree.map(lambda m, s: m / (1 - B1**t) * s, mu, scale)
