@@ -51,7 +51,7 @@ ROWS = {
     ),
     **{
         f"without {name}": without(name)
-        for name in ("log_sign", "jacobian", "layer", "aim", "time")
+        for name in ("log_sign", "jacobian", "layer", "aim", "reach", "time")
     },
 }
 

@@ -9,7 +9,7 @@ from fixtures.tiny import compile_fast as compile_fast
 
 from advmeta import optimizees
 from advmeta.meta_optimizer import features
-from advmeta.meta_optimizer.jacobian import SOFTNESS, gain, pull
+from advmeta.meta_optimizer.jacobian import SOFTNESS, gain, gain_and_pull
 
 RNG = np.random.default_rng(0)
 
@@ -28,15 +28,15 @@ def kernels_of(params):
 
 def test_gain_of_two_matrices():
     # J = W_1 W_2 = [[1, -1], [6, 2]]; less the mean over the classes [[1, -1], [2, -2]].
-    # l2: two columns of the length sqrt(1 + 4). linf: s log(e^{j/s} + e^{-j/s}) of each, with
+    # l2: two columns of the length sqrt(1 + 4). linf: s log(e^{j/s} + e^{-j/s}) of each entry, with
     # s = 0.16 sqrt(10 / 4), is |j| to 1e-3.
     kernels = [jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[1.0, -1.0], [3.0, 1.0]])]
     positions = features.layer_positions(kernels)
-    assert gain(kernels, positions, "l2") == pytest.approx(2 * 5**0.5, rel=1e-6)
+    assert gain(kernels, positions, "l2") == pytest.approx(5**0.5, rel=1e-6)
     soft = SOFTNESS * np.sqrt(10 / 4)
-    expected = sum(soft * np.logaddexp(j / soft, -j / soft) for j in (1, -1, 2, -2))
+    expected = sum(soft * np.logaddexp(j / soft, -j / soft) for j in (1, -1, 2, -2)) / 2
     assert gain(kernels, positions) == pytest.approx(expected, rel=1e-6)
-    assert expected == pytest.approx(6, rel=1e-3)
+    assert expected == pytest.approx(3, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_gain_is_that_of_the_model_where_its_activations_are_linear(optimizee, i
     params = optimizee.init(jax.random.key(0), image)
     jacobian = jax.jacobian(lambda x: optimizee.apply(params, x[None])[0])(jnp.zeros(image))
     jacobian = (jacobian - jacobian.mean(axis=0)).reshape(4, -1)
-    expected = jnp.linalg.norm(jacobian, axis=1).sum()
+    expected = jnp.linalg.norm(jacobian, axis=1).mean()
     assert gain(*kernels_of(params), "l2") == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -64,7 +64,7 @@ def test_places_of_an_image_that_is_no_square_are_outputs_of_their_own():
     kernels, positions = kernels_of(params)
     window, dense = kernels[0].reshape(9, 3), kernels[1].reshape(2, 3, 4)
     jacobian = jnp.einsum("io,poe->ipe", window, dense - dense.mean(axis=2, keepdims=True))
-    expected = jnp.linalg.norm(jacobian, axis=0).sum()
+    expected = jnp.linalg.norm(jacobian, axis=0).mean()
     assert gain(kernels, positions, "l2") == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -76,7 +76,7 @@ def test_places_are_one_where_j_would_have_too_many_entries(monkeypatch):
     expected = jnp.linalg.norm(
         kernels[0].reshape(9, 3) @ (mean - mean.mean(axis=1, keepdims=True)), axis=0
     )
-    assert gain(kernels, positions, "l2") == pytest.approx(float(expected.sum()), rel=1e-4)
+    assert gain(kernels, positions, "l2") == pytest.approx(float(expected.mean()), rel=1e-4)
 
 
 def test_windows_of_an_even_patch_lie_side_by_side():
@@ -92,7 +92,7 @@ def test_windows_of_an_even_patch_lie_side_by_side():
     jacobian = jacobian - jacobian.mean(axis=0)
     kernels = [convolution, dense]
     found = gain(kernels, features.layer_positions(kernels))
-    assert found == pytest.approx(float(jnp.abs(jacobian).sum()), rel=0.02)  # softened
+    assert found == pytest.approx(float(jnp.abs(jacobian).sum()) / 4, rel=0.02)  # softened
 
 
 def test_a_window_of_one_pixel_is_a_matrix_at_each_place():
@@ -107,14 +107,14 @@ def test_large_windows_lie_side_by_side():
     centred = (dense - dense.mean(axis=1, keepdims=True)).reshape(4, 3, 4)
     jacobian = np.einsum("xo,poe->xpe", window.reshape(-1, 3), centred)
     found = gain([window, dense], features.layer_positions([window, dense]))
-    assert found == pytest.approx(float(np.abs(jacobian).sum()), rel=0.02)  # softened
+    assert found == pytest.approx(float(np.abs(jacobian).sum()) / (4 * 4), rel=0.02)  # softened
 
 
 def test_layers_that_do_not_follow_each_other_are_chains_of_their_own():
     kernels = [normal(3, 5), normal(7, 2)]  # 7 inputs cannot be 5 outputs
     positions = features.layer_positions(kernels)
     centred = kernels[1] - kernels[1].mean(axis=1, keepdims=True)
-    expected = sum(np.linalg.norm(m, axis=0).sum() for m in (kernels[0], centred))
+    expected = sum(np.linalg.norm(m, axis=0).sum() for m in (kernels[0], centred)) / 7
     assert gain(kernels, positions, "l2") == pytest.approx(expected, rel=1e-5)
     assert gain([], []) == 0
 
@@ -129,7 +129,7 @@ def test_a_model_of_one_logit_is_pulled():
 def test_a_step_against_the_pull_lowers_the_gain(norm):
     params = optimizees.cnn((3, 4), num_classes=5).init(jax.random.key(1), (8, 8, 2))
     kernels, positions = kernels_of(params)
-    directions = pull(kernels, positions, norm)
+    _, directions = gain_and_pull(kernels, positions, norm)
     for direction in directions:
         assert jnp.sqrt(jnp.square(direction).mean()) == pytest.approx(1, rel=1e-4)
     moved = [k - 1e-3 * d for k, d in zip(kernels, directions, strict=True)]
@@ -138,14 +138,14 @@ def test_a_step_against_the_pull_lowers_the_gain(norm):
 
 def test_the_pull_of_zeros_is_zero():
     kernels = [jnp.zeros((3, 2)), jnp.zeros((2, 4))]
-    for direction in pull(kernels, features.layer_positions(kernels)):
+    for direction in gain_and_pull(kernels, features.layer_positions(kernels))[1]:
         np.testing.assert_array_equal(direction, np.zeros_like(direction))
 
 
 def test_entries_that_stand_out_by_far_stay_finite():
     # e^{j / s} of the largest is beyond float32: s is 0.16 of an RMS that is a 300th of it.
     kernel = jnp.zeros((300, 300)).at[0, 0].set(1.0)
-    (direction,) = pull([kernel], features.layer_positions([kernel]))
+    _, (direction,) = gain_and_pull([kernel], features.layer_positions([kernel]))
     assert np.isfinite(direction).all()
 
 
@@ -157,8 +157,8 @@ def test_an_equinox_layer_is_pulled_as_its_transpose():
     # In (outputs, inputs) the places of an output are next to each other.
     second = kernels[1].reshape(2, 3, 4).swapaxes(0, 1).reshape(6, 4)
     theirs = [Layer(kernels[0].T), Layer(second.T)]
-    ours = pull(list(kernels), features.layer_positions(list(kernels)))
-    found = pull([layer.weight for layer in theirs], features.layer_positions(theirs))
+    _, ours = gain_and_pull(list(kernels), features.layer_positions(list(kernels)))
+    _, found = gain_and_pull([layer.weight for layer in theirs], features.layer_positions(theirs))
     np.testing.assert_allclose(found[0].T, ours[0], rtol=1e-4, atol=1e-5)
     second_pull = found[1].T.reshape(3, 2, 4).swapaxes(0, 1).reshape(6, 4)
     np.testing.assert_allclose(second_pull, ours[1], rtol=1e-4, atol=1e-5)
@@ -173,8 +173,8 @@ def test_a_pytorch_like_convolution_is_pulled_as_its_transpose():
     theirs = [Layer(k.transpose(3, 2, 0, 1)) for k in kernels[:2]]
     # Its features are flattened with the places of a channel next to each other.
     theirs.append(Layer(kernels[2].reshape(4, 4, 5).transpose(2, 1, 0).reshape(5, 16)))
-    found = pull([layer.weight for layer in theirs], features.layer_positions(theirs))
-    expected = pull(kernels, positions)
+    _, found = gain_and_pull([layer.weight for layer in theirs], features.layer_positions(theirs))
+    _, expected = gain_and_pull(kernels, positions)
     for direction, other in zip(expected[:2], found[:2], strict=True):
         np.testing.assert_allclose(other.transpose(2, 3, 1, 0), direction, rtol=1e-3, atol=1e-4)
     last = found[2].reshape(5, 4, 4).transpose(2, 1, 0).reshape(16, 5)

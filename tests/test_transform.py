@@ -11,25 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fixtures.steps import (
+    GRADIENTS_T,
+    PARAMS,
+    PARAMS_T,
+    STEPS,
+    assert_close,
+    assert_equal,
+    at,
+    compile_update,
+    loop,
+)
 from fixtures.tiny import compile_fast as compile_fast
-from fixtures.tiny import random_like, random_meta_params
+from fixtures.tiny import random_meta_params
 from optax._src.base import NO_PARAMS_MSG
 
 from advmeta.meta_optimizer import (
     FEATURES,
-    Aim,
     MetaOptimizerConfig,
-    features,
-    jacobian,
     scale_by_meta_optimizer,
 )
 
-STEPS = 4
-PARAMS = {"layer_0": {"bias": np.zeros(2, np.float32), "kernel": np.ones((3, 2), np.float32)}}
-# Parameters and gradients of each step are given, so that what an optimizer does at a step depends
-# on its own state alone and not on what a wrapper makes of its updates.
-PARAMS_T = random_like(PARAMS, seed=1, leading=(STEPS,))
-GRADIENTS_T = random_like(PARAMS, seed=2, leading=(STEPS,))
 KERNEL = {"layer_0": {"bias": False, "kernel": True}}  # a mask
 
 CONFIGS = {
@@ -38,6 +40,7 @@ CONFIGS = {
     "parameter": MetaOptimizerConfig((2,), ("parameter",)),
     "jacobian": MetaOptimizerConfig((2,), ("jacobian",)),
     "layer": MetaOptimizerConfig((2,), ("layer",)),
+    "reach": MetaOptimizerConfig((2,), ("adam", "reach")),
     "log_sign+adam": MetaOptimizerConfig((2,), ("log_sign", "adam")),
     "all": MetaOptimizerConfig((2, 3), FEATURES, regularisation=0.1),
     "short memory": MetaOptimizerConfig((2, 3), ("log_sign", "adam"), memory_dtype="bfloat16"),
@@ -57,37 +60,9 @@ def compiled(name):
     return compile_update(make(name))
 
 
-def compile_update(optimizer):
-    return optax.GradientTransformationExtraArgs(optimizer.init, jax.jit(optimizer.update))
-
-
-def at(tree, t):
-    return jax.tree.map(lambda a: a[t], tree)
-
-
-def loop(optimizer, gradients=GRADIENTS_T, params=PARAMS_T, state=None):
-    """Updates of each step, and the last state."""
-    state = optimizer.init(at(params, 0)) if state is None else state
-    updates = []
-    for t in range(len(jax.tree.leaves(gradients)[0])):
-        u, state = optimizer.update(at(gradients, t), state, at(params, t))
-        updates.append(u)
-    return updates, state
-
-
 @functools.cache
 def reference(name):
     return loop(compiled(name))
-
-
-def assert_close(a, b, rtol=1e-5, atol=1e-6):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol, atol), a, b)
-
-
-def assert_equal(a, b):
-    assert_close(a, b, 0, 0)
-    assert jax.tree.map(jnp.result_type, a) == jax.tree.map(jnp.result_type, b)
 
 
 def kernels(updates):
@@ -307,7 +282,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_transform import GRADIENTS_T, OPTIMIZERS, at, make, reference, assert_close
+from test_transform import OPTIMIZERS, make
 
 SPEC = {"bias": ("column",), "kernel": ("row", "column"), "kernel_2": ("row", "column")}
 SHAPE = {"bias": (4,), "kernel": (8, 4), "kernel_2": (4, 2)}
@@ -379,154 +354,6 @@ def test_new_meta_params_are_an_argument_and_not_a_recompilation(name):
     assert float(jnp.abs(kernels([other])[0] - kernels(reference(name)[0])[0]).max()) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("seen", "horizon", "paces"),
-    [
-        (FEATURES[:5], 8, [1, 1, 1, 1]),  # which is not told the time
-        # A third, warmed up over 40 steps.
-        (FEATURES, None, [1 / 120, 2 / 120, 3 / 120, 4 / 120]),
-        # sin^2(pi/2 (1 - t/2)) = 1, 1/2, 0, and nothing after the horizon.
-        (FEATURES, 2, [1, 0.5, 0, 0]),
-    ],
-)
-def test_a_readout_of_zero_is_adam_with_the_pull(seen, horizon, paces):
-    # tanh 0 = 0 and exp 0 = 1: u = -eta_t (m_hat / (sqrt(v_hat) + eps) + nu rms / (rms + 4 eta) n),
-    # of the gradient g + mu theta, without the last term where the leaf has one axis or none.
-    config = MetaOptimizerConfig((2,), seen, 0.02, regularisation=0.4, pull=0.3, adaptivity=0.5)
-    meta_params = nominal(random_meta_params(config))
-    ours = compile_update(scale_by_meta_optimizer(meta_params, config, Aim(horizon=horizon)))
-
-    def pulled(theta):
-        if np.ndim(theta) < 2:
-            return 0.0
-        rms = np.sqrt(np.mean(np.square(theta)) + 1e-6)
-        (direction,) = jacobian.pull([theta], features.layer_positions([theta]))
-        return 0.02 * 0.3 * rms / (rms + 4 * 0.02) * direction
-
-    adam = optax.chain(l2_regularised(0.4), optax.adam(0.02))
-
-    def update(gradient, state, params):
-        updates, state = adam.update(gradient, state, params)
-        return jax.tree.map(lambda u, p: u - pulled(p), updates, params), state
-
-    expected = optax.GradientTransformation(adam.init, update)
-    expected = [
-        jax.tree.map(lambda u, p=pace: p * u, updates)
-        for pace, updates in zip(paces, loop(expected)[0], strict=True)
-    ]
-    assert_close(loop(ours)[0], expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.2, 0.5])
-def test_coordinates_share_a_part_of_the_root(p):
-    # After one step m_hat = g and v_hat = g^2: d = g / (|g|^2p mean(g^2)^(1/2 - p)).
-    config = MetaOptimizerConfig((2,), ("adam",), 0.02, regularisation=0.0, adaptivity=p)
-    ours = scale_by_meta_optimizer(nominal(random_meta_params(config)), config)
-    gradient = {"w": jnp.array([[0.1, -0.2], [0.5, 2.0]]), "b": jnp.array([3.0, 0.0])}
-    updates, _ = ours.update(gradient, ours.init(gradient), gradient)
-
-    def expected(g):
-        sign, size, mean = np.sign(g), np.abs(np.asarray(g, np.float64)), np.mean(g**2)
-        return -0.02 * sign * size ** (1 - 2 * p) / mean ** (0.5 - p)
-
-    assert_close(updates, jax.tree.map(expected, gradient), rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("size", [1e-6, 1e-13, 0.0])
-def test_weights_that_vanish_have_a_moderate_derivative(size):
-    # Those of a pixel that is always dark have L2 for a gradient, and go to zero by it. It was
-    # 35,000 there, which overflows after some steps of backpropagation.
-    config = MetaOptimizerConfig((2,), ("adam",), regularisation=0.01)
-    ours = scale_by_meta_optimizer(nominal(random_meta_params(config)), config)
-    gradient = {"w": jnp.array([[0.1, -0.2], [0.0, 0.0]])}
-    params = {"w": jnp.array([[1.0, 1.0], [size, -size]])}
-
-    def moved(params):
-        return ours.update(gradient, ours.init(params), params)[0]["w"].sum()
-
-    assert abs(jax.grad(moved)(params)["w"]).max() < 10
-
-
-def l2_regularised(mu, factor=1.0):
-    """Adds factor min(mu, 0.3 rms(g) / rms(theta)) theta to the gradients."""
-
-    def add(g, theta):
-        share = 0.3 * jnp.sqrt(jnp.mean(g**2)) / jnp.sqrt(jnp.mean(theta**2) + 1e-6)
-        return g + factor * jnp.minimum(mu, share) * theta
-
-    return optax.stateless(lambda gradients, params: jax.tree.map(add, gradients, params))
-
-
-@pytest.mark.parametrize("mu", [1e-3, 1e3])
-def test_regularisation_cannot_outweigh_the_gradient(mu):
-    # Gradients 1,000 times smaller than their parameters, as early in a deep model: L2 is mu theta
-    # up to 0.3 of the gradient, and Adam goes where the gradient says.
-    config = MetaOptimizerConfig((2,), ("adam",), 0.02, regularisation=mu, adaptivity=0.5)
-    meta_params = nominal(random_meta_params(config))
-    ours = compile_update(scale_by_meta_optimizer(meta_params, config))
-    gradient = {"w": jnp.full((2, 2), 1e-3).at[0, 0].set(-1e-3)}
-    params = {"w": jnp.ones((2, 2)).at[1, 1].set(-1.0)}
-    update, _ = ours.update(gradient, ours.init(params), params)
-    np.testing.assert_array_equal(jnp.sign(update["w"]), -jnp.sign(gradient["w"]))
-    expected, _ = loop(optax.chain(l2_regularised(mu), optax.adam(0.02)))
-    assert_close(loop(ours)[0], expected, rtol=1e-5, atol=1e-7)
-
-
-def test_a_model_that_normalises_is_regularised_and_pulled_a_tenth():
-    plain, scaled = (
-        tuple({"kernel": tree["layer_0"]["kernel"], **more} for tree in (GRADIENTS_T, PARAMS_T))
-        for more in ({}, {"scale": np.ones((STEPS, 2), np.float32)})
-    )
-
-    def run(trees, **constants):
-        config = MetaOptimizerConfig((2,), ("adam", "jacobian"), 0.02, **constants)
-        meta_params = nominal(random_meta_params(config))
-        updates, _ = loop(compile_update(scale_by_meta_optimizer(meta_params, config)), *trees)
-        return [update["kernel"] for update in updates]
-
-    whole, tenth = {"regularisation": 0.1, "pull": 0.5}, {"regularisation": 0.01, "pull": 0.05}
-    assert_close(run(scaled, **whole), run(plain, **tenth))
-    assert float(jnp.abs(run(plain, **whole)[0] - run(plain, **tenth)[0]).max()) > 1e-3
-
-
-def nominal(meta_params):
-    """The same without what the readout and the linear map add."""
-    zeros = jax.tree.map(np.zeros_like, meta_params)
-    lstm = {**meta_params["lstm"], "readout": zeros["lstm"]["readout"]}
-    return {**zeros, "lstm": lstm}
-
-
-def test_the_linear_map_is_a_factor_of_each_part():
-    # The only layer is the first, and of this feature 6 V s is six times its row of V: Adam times
-    # exp(2 tanh a) of the gradient with exp(2 tanh m) times the regularisation.
-    config = MetaOptimizerConfig(
-        (2,), ("adam", "layer"), 0.02, regularisation=0.4, shift=0.5, adaptivity=0.5
-    )
-    meta_params = nominal(random_meta_params(config))
-    is_first, (a, m), b = 0, (0.3, 0.7), -0.2
-    meta_params["linear"]["shared_0"]["kernel"][is_first] = (a / 6, m / 6)
-    meta_params["lstm"]["readout"]["bias"][:] = (0, b)  # the shift is the readout's alone
-    ours = compile_update(scale_by_meta_optimizer(meta_params, config))
-    adam = optax.chain(l2_regularised(0.4, np.exp(2 * np.tanh(m))), optax.adam(1.0))
-    expected = [
-        jax.tree.map(lambda u: 0.02 * (np.exp(2 * np.tanh(a)) * u + 0.5 * np.tanh(b)), updates)
-        for updates in loop(adam)[0]
-    ]
-    assert_close(loop(ours)[0], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_updates_are_bounded_whatever_the_meta_params():
-    # |tanh| <= 1: |u| <= eta (shift + e^2 |direction| + e^2 nu |n|); with "log_sign" alone that is
-    # eta * shift.
-    config = CONFIGS["log_sign"]
-    meta_params = random_meta_params(config, scale=1e3)
-    optimizer = compile_update(scale_by_meta_optimizer(meta_params, config))
-    updates, _ = loop(optimizer, jax.tree.map(lambda g: 1e6 * g, GRADIENTS_T))
-    largest = max(float(jnp.abs(u).max()) for u in jax.tree.leaves(updates))
-    assert largest <= config.learning_rate * config.shift * (1 + 1e-6)
-    assert largest > 0.9 * config.learning_rate * config.shift
-
-
 def test_a_short_memory_is_the_long_one_rounded():
     # From the same memory both take the same step, and one of them rounds what it leaves.
     short = CONFIGS["short memory"]
@@ -557,31 +384,6 @@ def test_no_gradient_flows_through_the_gradients():
         return sum(u.sum() for u in jax.tree.leaves(updates))
 
     assert_equal(sensitivity(at(GRADIENTS_T, 0)), jax.tree.map(np.zeros_like, PARAMS))
-
-
-def test_unknown_feature_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"\['loss'\] cannot be used.*'log_sign', 'adam', "
-                                         r"'parameter', 'jacobian', 'layer'"):  # fmt: skip
-        MetaOptimizerConfig(features=("adam", "loss"))
-    with pytest.raises(ValueError, match="there must be at least one"):
-        MetaOptimizerConfig(features=())
-
-
-@pytest.mark.parametrize("hidden", [(), (20, 0)])
-def test_hidden_units_must_be_positive(hidden):
-    with pytest.raises(ValueError, match="units of one layer or more"):
-        MetaOptimizerConfig(hidden=hidden)
-
-
-def test_unknown_memory_dtypes():
-    with pytest.raises(ValueError, match=r"memory_dtype='int8' is .*'float32' or 'bfloat16'"):
-        MetaOptimizerConfig(memory_dtype="int8")
-
-
-@pytest.mark.parametrize("adaptivity", [-0.1, 0.6])
-def test_an_adaptivity_beyond_adam_is_refused(adaptivity):
-    with pytest.raises(ValueError, match="must lie between 0"):
-        MetaOptimizerConfig(adaptivity=adaptivity)
 
 
 def test_weights_that_do_not_fit_are_named():

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from advmeta.types import Array, Norm, Params
 
-FEATURES = ("log_sign", "adam", "parameter", "jacobian", "layer", "aim", "time")
+FEATURES = ("log_sign", "adam", "parameter", "jacobian", "layer", "aim", "reach", "time")
 TYPICAL_EPSILON = {"linf": 0.1, "l2": 1.0}
 WARM_UP = 40  # inner steps
 _SCALES = ((DictKey("scale"),), (GetAttrKey("scale"),), (GetAttrKey("weight"),))
@@ -25,8 +25,8 @@ class Aim(NamedTuple):
     """What a meta-optimizer is told of a training, beside its gradients.
 
     Attributes:
-      epsilon: the radius in which the model is to be robust, for inputs in [0, 1]. It is a dial:
-        a larger one gives more robust models with less clean accuracy.
+      epsilon: the radius in which the model is to be robust, in units of what its first layer is
+        given. It is a dial: a larger one gives more robust models with less clean accuracy.
       norm: "linf" or "l2".
       horizon: inner steps of the whole training; None: not known.
     """
@@ -133,6 +133,11 @@ def aim_features(aim: Aim) -> Array:
         )
     relative = jnp.asarray(aim.epsilon, jnp.float32) / TYPICAL_EPSILON[aim.norm]
     return jnp.stack([jnp.float32(aim.norm == "l2"), jnp.log(relative + 1e-3)])
+
+
+def reach_features(reach: Array) -> Array:
+    """Log of the nats that the adversary moves a logit by, see `inputs.look_at_jacobian`. [1]"""
+    return jnp.log(reach + 1e-2)[None] / 2
 
 
 def time_features(aim: Aim, count: Array) -> Array:

@@ -12,9 +12,10 @@ from advmeta.meta_optimizer.features import (
     log_sign,
     over_coordinates,
     parameter_features,
+    reach_features,
     time_features,
 )
-from advmeta.meta_optimizer.jacobian import pull
+from advmeta.meta_optimizer.jacobian import gain_and_pull
 from advmeta.types import Array
 
 
@@ -26,6 +27,7 @@ class Coordinates(NamedTuple):
     normalised: Any  # g over the same
     parameter: Any
     pull: Any  # towards a smaller Jacobian, of RMS 1
+    strength: Any  # `rule.strength` of its L2 and pull
     position: LayerPosition
 
 
@@ -57,24 +59,34 @@ def share(
     return layer_features(parameter, gradient, position) + everywhere
 
 
-def pulls(
+def look_at_jacobian(
     chosen: tuple[str, ...], aim: Aim, parameters: list, positions: list
-) -> list[Array | None]:
-    """`jacobian.pull` of each tensor; zeros of a bias, None where the features hide it."""
-    if "jacobian" not in chosen:
-        return [None] * len(parameters)
+) -> tuple[Array, list[Any]]:
+    """The reach [], and the pull of each tensor: zeros of a bias, None where the features hide it.
+
+    The reach is how far an adversary of radius epsilon moves a logit, in nats. It is 1 where that
+    is not known: where the model has no kernel, or normalises what they make.
+    """
+    if {"jacobian", "reach"}.isdisjoint(chosen):
+        return jnp.ones([]), [None] * len(parameters)
     kernels = [i for i, position in enumerate(positions) if not position.bias]
     kernels.sort(key=lambda i: (positions[i].depth, i))
-    found = pull([parameters[i] for i in kernels], [positions[i] for i in kernels], aim.norm)
+    gain, found = gain_and_pull(
+        [parameters[i] for i in kernels], [positions[i] for i in kernels], aim.norm
+    )
+    known = kernels and not positions[0].normalised
     by_leaf = dict(zip(kernels, found, strict=True))
-    return [by_leaf.get(i, jnp.zeros_like(p)) for i, p in enumerate(parameters)]
+    pulls = [by_leaf.get(i, jnp.zeros_like(p)) for i, p in enumerate(parameters)]
+    return jnp.asarray(aim.epsilon) * gain if known else jnp.ones([]), pulls
 
 
-def situation(chosen: tuple[str, ...], aim: Aim, count: Array) -> tuple[Array, ...]:
+def situation(chosen: tuple[str, ...], aim: Aim, count: Array, reach: Array) -> tuple[Array, ...]:
     """The features that all coordinates share, as one array [f], if any are chosen."""
     parts = []
     if "aim" in chosen:
         parts.append(aim_features(aim))
+    if "reach" in chosen:
+        parts.append(reach_features(reach))
     if "time" in chosen:
         parts.append(time_features(aim, count))
     return (jnp.concatenate(parts),) if parts else ()

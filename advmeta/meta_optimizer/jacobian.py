@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, auto_axes
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
 from advmeta.meta_optimizer.features import LayerPosition
 from advmeta.types import Array, Norm
@@ -26,8 +26,10 @@ MOST_ENTRIES = 1 << 18
 STRIDE, LARGEST_WINDOW = 2, 7  # pixels
 
 
-def pull(kernels: list[Array], positions: list[LayerPosition], norm: Norm = "linf") -> list[Array]:
-    """The gradient of `gain` by each kernel, in units of its own RMS.
+def gain_and_pull(
+    kernels: list[Array], positions: list[LayerPosition], norm: Norm = "linf"
+) -> tuple[Array, list[Array]]:
+    """`gain`, and its gradient by each kernel in units of its own RMS: the pull.
 
     Args:
       kernels: in the order of the layers, each [..., inputs, outputs], or [outputs, inputs, ...]
@@ -36,34 +38,38 @@ def pull(kernels: list[Array], positions: list[LayerPosition], norm: Norm = "lin
       norm: the adversary's.
 
     Returns:
-      Arrays of the kernels' shapes, of RMS 1; of zeros where the gradient is zero.
+      The gain [], and arrays of the kernels' shapes, of RMS 1; of zeros where the gradient is zero.
 
     Example:
       >>> from advmeta.meta_optimizer.features import layer_positions
       >>> kernels = [jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[1.0, -1.0], [3.0, 1.0]])]
-      >>> [p.shape for p in pull(kernels, layer_positions(kernels))]
+      >>> _, pull = gain_and_pull(kernels, layer_positions(kernels))
+      >>> [p.shape for p in pull]
       [(2, 2), (2, 2)]
     """
 
-    def of_unit_rms(kernels: list[Array]) -> list[Array]:
-        gradients = jax.grad(lambda ks: gain(ks, positions, norm))(jax.lax.stop_gradient(kernels))
-        return [g * jax.lax.rsqrt(jnp.square(g).mean() + 1e-20) for g in gradients]
+    def of_unit_rms(kernels: list[Array]) -> tuple[Array, list[Array]]:
+        kernels = jax.lax.stop_gradient(kernels)
+        value, gradients = jax.value_and_grad(lambda ks: gain(ks, positions, norm))(kernels)
+        return value, [g * jax.lax.rsqrt(jnp.square(g).mean() + 1e-30) for g in gradients]
 
     shardings = [jax.typeof(kernel).sharding for kernel in kernels]
     if any(AxisType.Explicit in sharding.mesh.axis_types for sharding in shardings):
         # Layers may be sharded in any way: the compiler is to choose how to multiply them.
-        in_any_layout: Any = auto_axes(of_unit_rms, out_sharding=shardings)
+        whole = NamedSharding(shardings[0].mesh, PartitionSpec())
+        in_any_layout: Any = auto_axes(of_unit_rms, out_sharding=(whole, shardings))
         return in_any_layout(kernels)
     return of_unit_rms(kernels)
 
 
 def gain(kernels: list[Array], positions: list[LayerPosition], norm: Norm = "linf") -> Array:
-    """The sum over chains of layers of how far an adversary of radius 1 moves their outputs.
+    """How far an adversary of radius 1 moves an output of a chain of layers, [].
 
-    ``J = W_1 W_2 ... W_L C``,  ``sum_e |J_e|_1``  in linf,  ``sum_e |J_e|_2``  in l2
+    ``J = W_1 W_2 ... W_L C``,  ``mean_e |J_e|_1``  in linf,  ``mean_e |J_e|_2``  in l2
 
-    e are the outputs, and C takes the mean over the classes from the last layer's, since the loss
-    sees differences of logits alone. ``|j|`` is softened to ``s log(e^{j / s} + e^{-j / s})``.
+    e are the outputs, of all chains, and C takes the mean over the classes from the last layer's,
+    since the loss sees differences of logits alone. ``|j|`` is softened to
+    ``s log(e^{j / s} + e^{-j / s})``.
 
     A layer whose inputs are not a multiple of the outputs of the one before it starts a chain of
     its own. Where they are, as above a convolution, they are that layer's outputs at several
@@ -83,7 +89,9 @@ def gain(kernels: list[Array], positions: list[LayerPosition], norm: Norm = "lin
             jacobian = matrix
         else:
             jacobian = _chain(kernels[i], positions[i], jacobian, positions[i + 1])
-    return sum((_dual(j, norm) for j in [*chains, jacobian]), start=jnp.zeros([]))
+    chains.append(jacobian)
+    total = sum((_dual(j, norm) for j in chains), start=jnp.zeros([]))
+    return total / max(1, sum(j.shape[1] for j in chains))
 
 
 def _matrix(kernel: Array, position: LayerPosition) -> Array:

@@ -34,16 +34,18 @@ class MetaOptimizerConfig:
     Args:
       hidden: units of each LSTM layer.
       features: of `FEATURES`: "log_sign" (gradient), "adam" (normalised momentum and gradient),
-        "parameter" (in units of its tensor's RMS), "jacobian" (`jacobian.pull`), "layer" (position,
-        fan-in, fan-out, RMS, RMS of the gradient, row and column means; layers, convolutions and
-        normalisations of the model), "aim" (norm and epsilon), "time" (steps taken
-        and left). "parameter", "jacobian", "layer" and regularisation need ``params`` in
-        ``update``.
+        "parameter" (in units of its tensor's RMS), "jacobian" (the pull of `jacobian`), "layer"
+        (position, fan-in, fan-out, RMS, RMS of the gradient, row and column means; layers,
+        convolutions and normalisations of the model), "aim" (norm and epsilon), "reach" (how far
+        the adversary moves the logits), "time" (steps taken and left). "parameter", "jacobian",
+        "layer", "reach" and regularisation need ``params`` in ``update``.
       learning_rate: eta, the step of the nominal Adam that the LSTM modulates. With the feature
         "time" it is warmed up over 40 steps, or a fifth of the horizon, and falls to zero as a half
         cosine; where the horizon is not known it stays at a third.
       regularisation: mu, the nominal L2 regularisation, a part of Adam's gradient.
-      pull: nu, the nominal step that makes the model's Jacobian smaller, in units of eta.
+      pull: nu, the nominal step that makes the model's Jacobian smaller, in units of eta. With the
+        feature "reach" both are what there is against an adversary of unbounded reach r, and
+        ``r / (1 + r)`` of it against others.
       shift: the largest step that the LSTM can take of its own, in units of eta.
       memory_dtype: of the LSTM's memory in the state; "bfloat16" halves it. A step is taken in
         float32 either way, and what it leaves is rounded.
@@ -54,8 +56,8 @@ class MetaOptimizerConfig:
     hidden: tuple[int, ...] = (8,)
     features: tuple[str, ...] = features.FEATURES
     learning_rate: float = 0.035
-    regularisation: float = 0.013
-    pull: float = 0.4
+    regularisation: float = 0.02
+    pull: float = 0.64
     shift: float = 1.0
     memory_dtype: Literal["float32", "bfloat16"] = "float32"
     adaptivity: float = 0.35
@@ -83,24 +85,35 @@ class MetaOptimizerConfig:
     @property
     def needs_params(self) -> bool:
         regularised = "adam" in self.features and self.regularisation != 0
-        return regularised or not {"parameter", "jacobian", "layer"}.isdisjoint(self.features)
+        return regularised or not {"parameter", "jacobian", "layer", "reach"}.isdisjoint(
+            self.features
+        )
+
+
+def strength(config: MetaOptimizerConfig, position: features.LayerPosition, reach: Array) -> Array:
+    """The share of the L2 and of the pull that there is in a tensor.
+
+    An adversary that moves no logit by a nat is no reason to regularise.
+    """
+    share = NORMALISED if position.normalised else 1.0
+    return share * (reach / (1 + reach) if "reach" in config.features else jnp.ones([]))
 
 
 def regularise(
-    config: MetaOptimizerConfig, gradients: list, parameters: list, positions: list, offsets: list
+    config: MetaOptimizerConfig, gradients: list, parameters: list, strengths: list, offsets: list
 ) -> list[Array]:
     """The gradients with that of the L2 regularisation, which the last of the offsets changes."""
     if "adam" not in config.features or not config.regularisation:
         return gradients
 
-    def regularise(g: Array, p: Array, position: features.LayerPosition, offset: Array) -> Array:
-        mu = config.regularisation * _share(position)
+    def regularise(g: Array, p: Array, strength: Array, offset: Array) -> Array:
+        mu = config.regularisation * strength
         rms = jnp.sqrt(jnp.mean(jnp.square(g)) + 1e-20)
         largest = LARGEST_SHARE * rms / features.root_mean_square(p)
         mu = jnp.minimum(mu, largest) * jnp.exp(2 * jnp.tanh(offset[-1]))
         return g + mu * p
 
-    return list(map(regularise, gradients, parameters, positions, offsets))
+    return list(map(regularise, gradients, parameters, strengths, offsets))
 
 
 def adam(
@@ -160,11 +173,5 @@ def update_rule(
     if "jacobian" in config.features and not tensor.position.bias:
         rms = features.root_mean_square(tensor.parameter)
         strength = config.pull * rms / (rms + SMALL * config.learning_rate)
-        strength *= _share(tensor.position)
-        update -= strength * factors.pop() * tensor.pull
+        update -= strength * tensor.strength * factors.pop() * tensor.pull
     return config.learning_rate * update
-
-
-def _share(position: features.LayerPosition) -> float:
-    """Of the L2 and of the pull."""
-    return NORMALISED if position.normalised else 1.0

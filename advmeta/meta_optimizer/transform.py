@@ -44,27 +44,32 @@ def scale_by_meta_optimizer(
     ``a, c, b = LSTM_phi(features(g, theta)) + 6 (V_phi s, 0)``  for each coordinate, with s what
     rows and tensors share, and
 
-    ``u = eta_t ( shift tanh(b) - exp(2 tanh(a)) d - nu exp(2 tanh(c)) rms / (rms + 4 eta) n )``,
+    ``u = eta_t ( shift tanh(b) - exp(2 tanh(a)) d - lambda nu exp(2 tanh(c)) n )``,
     ``d = m_hat / (v_hat^p mean(v_hat)^(1/2 - p) + eps)``
 
     where m_hat and v_hat are Adam's moments of
-    ``g + min(mu, 0.3 rms(g) / rms) exp(2 tanh(6 v_phi s)) theta``, n is the gradient, in units of
-    its RMS, of the norm of the model's Jacobian without its activations (`jacobian.gain`), and rms
-    is that of theta's tensor.
+    ``g + min(lambda mu, 0.3 rms(g) / rms) exp(2 tanh(6 v_phi s)) theta``, n is the gradient, in
+    units of its RMS, of the norm of the model's Jacobian without its activations
+    (`jacobian.gain`), and rms is that of theta's tensor. ``lambda = r / (1 + r)``, where r =
+    epsilon times that norm is how many nats the adversary moves a logit by; the pull has a factor
+    ``rms / (rms + 4 eta)``, too.
 
     Each term is there if the features show what it is made of: d with "adam", the pull with
-    "jacobian". A readout of zero is the nominal rule, Adam (where p is 1/2) with L2 regularisation
-    and the pull, and the factors cannot take it further than a fixed one away.
+    "jacobian", lambda, else 1, with "reach". A readout of zero is the nominal rule, Adam (where p
+    is 1/2) with L2 regularisation and the pull, and the factors cannot take it further than a
+    fixed one away.
 
     To first order the Jacobian is what an adversary adds to the loss, in linf by the 1-norm of its
     columns (Goodfellow et al. 2015, section 5, for a linear model). Biases and scales, leaves of
-    rank 1 and 0, are not pulled. In a model with scales mu and nu are a tenth of the config's.
+    rank 1 and 0, are not pulled. In a model with scales mu and nu are a tenth of the config's, and
+    r is 1.
 
     Args:
       meta_params: phi, from `init_meta_params`, `meta_train` or a file. To train them, build the
         transformation inside the function that is differentiated.
       config: the one they were made with.
-      aim: norm, epsilon and horizon, for those with the features "aim" and "time"; may be traced.
+      aim: norm, epsilon and horizon, for those with the features "aim", "reach" and "time"; may be
+        traced.
       kernel: what takes the LSTM's step: "xla", or "pallas", one kernel for all layers, `fused`,
         which nobody has measured on a GPU yet. It is for NVIDIA's and for arrays that are not
         sharded; a CPU interprets it, slowly.
@@ -115,21 +120,22 @@ def scale_by_meta_optimizer(
         leaves, treedef = jax.tree.flatten(gradient)
         positions = features.layer_positions(gradient)
         parameters = _leaves(params, treedef)
-        situation = inputs.situation(config.features, aim, state.count)
+        reach, pulls = inputs.look_at_jacobian(config.features, aim, parameters, positions)
+        situation = inputs.situation(config.features, aim, state.count, reach)
         layers = zip(parameters, leaves, positions, strict=True)
         shared = [inputs.share(config.features, *layer, situation) for layer in layers]
         offsets: list[Any] = [
             LINEAR_SCALE * linear.apply({"params": meta_params.get("linear", {})}, s)
             for s in shared
         ]
-        regularised = rule.regularise(config, leaves, parameters, positions, offsets)
+        strengths = [rule.strength(config, position, reach) for position in positions]
+        regularised = rule.regularise(config, leaves, parameters, strengths, offsets)
         count = optax.safe_increment(state.count)
         (mu, nu), direction, normalised = rule.adam(
             config, (state.mu, state.nu), count, gradient, treedef.unflatten(regularised)
         )
         columns = [_leaves(tree, treedef) for tree in (direction, normalised)]
-        pulls = inputs.pulls(config.features, aim, parameters, positions)
-        tensors = map(inputs.Coordinates, leaves, *columns, parameters, pulls, positions)
+        tensors = map(inputs.Coordinates, leaves, *columns, parameters, pulls, strengths, positions)
         pace = rule.pace(config, aim, state.count)
         memories = _split_memory(state.memory, treedef)
         # A product of constants and of features side by side XLA would take apart into one for
@@ -173,10 +179,10 @@ def init_meta_params(config: MetaOptimizerConfig, key: Key) -> MetaParams:
     """Fresh meta-parameters: the update is then the nominal one."""
     w = jnp.zeros((1, 1))
     position = features.layer_positions({"w": w})[0]
-    tensor = inputs.Coordinates(w, w, w, w, w, position)
+    tensor = inputs.Coordinates(w, w, w, w, w, jnp.ones([]), position)
     memory = tuple(Memory(jnp.zeros((n, 1, 1)), jnp.zeros((n, 1, 1))) for n in config.hidden)
     lstm, linear = _networks(config)
-    situation = inputs.situation(config.features, Aim(), jnp.zeros([], jnp.int32))
+    situation = inputs.situation(config.features, Aim(), jnp.zeros([], jnp.int32), jnp.ones([]))
     shared = inputs.share(config.features, w, w, position, situation)
     own = inputs.see(config.features, tensor)
     meta_params = {"lstm": lstm.init(key, own, shared, memory)["params"]}
