@@ -170,6 +170,19 @@ def test_the_reach_is_one_where_it_is_not_known(params):
     assert float(reach) == 1
 
 
+def test_a_layer_without_outputs_is_no_part_of_the_chain():
+    config = MetaOptimizerConfig((2,))
+    ours = scale_by_meta_optimizer(random_meta_params(config), config)
+    kernel, empty = np.ones((3, 2), np.float32), np.ones((3, 0), np.float32)
+
+    def update(params):
+        return ours.update(params, ours.init(params), params)[0]
+
+    updates = update({"layer_0": kernel, "layer_1": empty})
+    assert updates["layer_1"].shape == (3, 0)
+    assert np.isfinite(updates["layer_0"]).all()
+
+
 def nominal(meta_params):
     """The same without what the readout and the linear map add."""
     zeros = jax.tree.map(np.zeros_like, meta_params)

@@ -99,8 +99,8 @@ def _equations(weights: Weights, own: Array, memory: tuple[Memory, ...]):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _step(outputs: int, weights: Weights, own: Array, memory: tuple[Memory, ...]):
-    rows = (jax.ShapeDtypeStruct((outputs, own.shape[1]), own.dtype), memory)
-    return _over_blocks(_equations, weights, (own, memory), rows, None)
+    columns = (jax.ShapeDtypeStruct((outputs, own.shape[1]), own.dtype), memory)
+    return _over_blocks(_equations, weights, (own, memory), columns, None)
 
 
 def _forward(outputs: int, weights: Weights, own: Array, memory: tuple[Memory, ...]):
@@ -113,28 +113,28 @@ def _backward(outputs: int, kept: tuple, cotangents: tuple):
 
     def pull_back(weights, own, memory, cotangents):
         # What the forward pass did in the block is done again, and nothing of it is stored.
-        of_weights, *of_rows = jax.vjp(_equations, weights, own, memory)[1](cotangents)
-        return tuple(of_rows), of_weights
+        of_weights, *of_columns = jax.vjp(_equations, weights, own, memory)[1](cotangents)
+        return tuple(of_columns), of_weights
 
-    of_rows, of_weights = _over_blocks(
+    of_columns, of_weights = _over_blocks(
         pull_back, weights, (own, memory, cotangents), (own, memory), weights
     )
-    return jax.tree.map(lambda parts: parts.sum(axis=0), of_weights), *of_rows
+    return jax.tree.map(lambda parts: parts.sum(axis=0), of_weights), *of_columns
 
 
 _step.defvjp(_forward, _backward)
 
 
-def _over_blocks(function, weights: Weights, inputs: PyTree, rows: PyTree, parts: PyTree) -> Any:
+def _over_blocks(function, weights: Weights, inputs: PyTree, columns: PyTree, parts: PyTree) -> Any:
     """``function(weights, *inputs)`` of each block of coordinates.
 
-    It gives arrays of the shapes of ``rows``, [width, n], and, unless ``parts`` is None, also
+    It gives arrays of the shapes of ``columns``, [width, n], and, unless ``parts`` is None, also
     arrays of the shapes of ``parts`` for each block, which come back stacked.
     """
     given, treedef = jax.tree.flatten((weights, *inputs))
     n, weights_count = given[-1].shape[1], len(jax.tree.leaves(weights))
-    wanted, several = jax.tree.flatten(rows if parts is None else (rows, parts))
-    rows_count, blocks = len(jax.tree.leaves(rows)), pl.cdiv(n, BLOCK)
+    wanted, several = jax.tree.flatten(columns if parts is None else (columns, parts))
+    columns_count, blocks = len(jax.tree.leaves(columns)), pl.cdiv(n, BLOCK)
 
     def kernel(*refs):
         inputs, outputs = refs[: len(given)], refs[len(given) :]
@@ -143,21 +143,24 @@ def _over_blocks(function, weights: Weights, inputs: PyTree, rows: PyTree, parts
         for ref, array in zip(inputs[weights_count:], given[weights_count:], strict=True):
             values.append(triton.load(ref, mask=_inside(array, left), other=0.0))
         found = jax.tree.leaves(function(*treedef.unflatten(values)))
-        for ref, value, array in zip(outputs[:rows_count], found, wanted, strict=False):
+        for ref, value, array in zip(outputs[:columns_count], found, wanted, strict=False):
             triton.store(ref, value, mask=_inside(array, left))
-        for ref, value in zip(outputs[rows_count:], found[rows_count:], strict=True):
+        for ref, value in zip(outputs[columns_count:], found[columns_count:], strict=True):
             ref[...] = value
 
     def call(*arrays, interpret: bool):
-        leading = [()] * rows_count + [(blocks,)] * (len(wanted) - rows_count)
+        leading = [()] * columns_count + [(blocks,)] * (len(wanted) - columns_count)
         return pl.pallas_call(
             kernel,
             grid=(blocks,),
             in_specs=[
                 *map(_whole, given[:weights_count]),
-                *map(_rows_of, given[weights_count:]),
+                *map(_columns_of, given[weights_count:]),
             ],
-            out_specs=[*map(_rows_of, wanted[:rows_count]), *map(_part, wanted[rows_count:])],
+            out_specs=[
+                *map(_columns_of, wanted[:columns_count]),
+                *map(_part, wanted[columns_count:]),
+            ],
             out_shape=[
                 jax.ShapeDtypeStruct((*axes, *a.shape), a.dtype)
                 for axes, a in zip(leading, wanted, strict=True)
@@ -181,7 +184,7 @@ def _inside(array: Any, left: Any) -> Array:
     return (row < array.shape[0]) & (column < left)
 
 
-def _rows_of(array: Any) -> pl.BlockSpec:
+def _columns_of(array: Any) -> pl.BlockSpec:
     return pl.BlockSpec((_size(array.shape[0]), BLOCK), lambda i: (0, i))
 
 

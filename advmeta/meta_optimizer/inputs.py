@@ -69,7 +69,7 @@ def look_at_jacobian(
     """
     if {"jacobian", "reach"}.isdisjoint(chosen):
         return jnp.ones([]), [None] * len(parameters)
-    kernels = [i for i, position in enumerate(positions) if not position.bias]
+    kernels = [i for i, p in enumerate(parameters) if p.size and not positions[i].bias]
     kernels.sort(key=lambda i: (positions[i].depth, i))
     gain, found = gain_and_pull(
         [parameters[i] for i in kernels], [positions[i] for i in kernels], aim.norm
