@@ -75,23 +75,26 @@ def gain(kernels: list[Array], positions: list[LayerPosition], norm: Norm = "lin
     its own. Where they are, as above a convolution, they are that layer's outputs at several
     places: J is then by all pixels under all windows, which overlap as in a "SAME" convolution of
     stride 2 of a square image. Where the places are no square, or windows are larger than 7 pixels
-    a side, each place counts as an output of its own; where J would have too many entries, J is by
-    the mean over the places.
+    a side, they lie side by side; where J would have too many entries, J is by the mean over the
+    places, made as large as their sum would be if they were independent.
     """
-    chains, jacobian = [], jnp.zeros((0, 0))
+    chains: list[tuple[Array, int]] = []
+    jacobian, outputs = jnp.zeros((0, 0)), 0
     for i in reversed(range(len(kernels))):
         matrix = _matrix(kernels[i], positions[i])
         if i == len(kernels) - 1:
             several = matrix.shape[1] > 1  # a single logit is a difference already
             jacobian = matrix - several * matrix.mean(axis=1, keepdims=True)
+            outputs = matrix.shape[1]
         elif jacobian.shape[0] % matrix.shape[1]:
-            chains.append(jacobian)
-            jacobian = matrix
+            chains.append((jacobian, outputs))
+            jacobian, outputs = matrix, matrix.shape[1]
         else:
-            jacobian = _chain(kernels[i], positions[i], jacobian, positions[i + 1])
-    chains.append(jacobian)
-    total = sum((_dual(j, norm) for j in chains), start=jnp.zeros([]))
-    return total / max(1, sum(j.shape[1] for j in chains))
+            jacobian = _chain(kernels[i], positions[i], jacobian, positions[i + 1], norm)
+    if kernels:
+        chains.append((jacobian, outputs))
+    total = sum((_dual(j, n, norm) for j, n in chains), start=jnp.zeros([]))
+    return total / max(1, sum(n for _, n in chains))
 
 
 def _matrix(kernel: Array, position: LayerPosition) -> Array:
@@ -99,8 +102,13 @@ def _matrix(kernel: Array, position: LayerPosition) -> Array:
     return jnp.moveaxis(kernel, position.outputs, -1).reshape(-1, kernel.shape[position.outputs])
 
 
-def _chain(kernel: Array, position: LayerPosition, jacobian: Array, above: LayerPosition) -> Array:
-    """From J by this layer's outputs at all places to J by its inputs, [rows, columns] both."""
+def _chain(
+    kernel: Array, position: LayerPosition, jacobian: Array, above: LayerPosition, norm: Norm
+) -> Array:
+    """From J by this layer's outputs at all places to J by its inputs, [rows, columns] both.
+
+    Columns are the outputs of the chain; of windows that lie side by side, once for each window.
+    """
     matrix = _matrix(kernel, position)
     rows, outputs = matrix.shape
     places, columns = jacobian.shape[0] // outputs, jacobian.shape[1]
@@ -109,7 +117,7 @@ def _chain(kernel: Array, position: LayerPosition, jacobian: Array, above: Layer
     else:
         apart = jacobian.reshape(places, outputs, columns)
     if rows * places * columns > MOST_ENTRIES:
-        return matrix @ apart.mean(axis=0)
+        return matrix @ _mean_place(apart, norm)
     side = math.isqrt(places)
     if side**2 == places > 1 and kernel.ndim == 4:
         transposed = position.outputs == 0  # (outputs, inputs, height, width)
@@ -118,6 +126,14 @@ def _chain(kernel: Array, position: LayerPosition, jacobian: Array, above: Layer
             image = _under_windows(windows, apart.reshape(side, side, outputs, columns))
             return (image.transpose(2, 0, 1, 3) if transposed else image).reshape(-1, columns)
     return matrix @ apart.swapaxes(0, 1).reshape(outputs, places * columns)
+
+
+def _mean_place(apart: Array, norm: Norm) -> Array:
+    """The mean of J over places, [places, ...], times what makes its norm that of them all."""
+    mean, places = apart.mean(axis=0), apart.shape[0]
+    size, size_of_mean = (jnp.square(a).mean() + 1e-30 for a in (apart, mean))
+    several = math.sqrt(places) if norm == "l2" else places
+    return several * jax.lax.stop_gradient(jnp.sqrt(size / size_of_mean)) * mean
 
 
 def _under_windows(kernel: Array, jacobian: Array) -> Array:
@@ -142,9 +158,9 @@ def _under_windows(kernel: Array, jacobian: Array) -> Array:
     return image[top : top + rows, left : left + columns]
 
 
-def _dual(jacobian: Array, norm: Norm) -> Array:
+def _dual(jacobian: Array, outputs: int, norm: Norm) -> Array:
     square = jnp.square(jacobian)
     if norm == "l2":
-        return jnp.sqrt(square.sum(axis=0) + 1e-20).sum()
+        return jnp.sqrt(square.reshape(-1, outputs).sum(axis=0) + 1e-20).sum()
     soft = SOFTNESS * jax.lax.stop_gradient(jnp.sqrt(square.mean() + 1e-20))
     return (soft * jnp.logaddexp(jacobian / soft, -jacobian / soft)).sum()
