@@ -27,7 +27,6 @@ class Coordinates(NamedTuple):
     normalised: Any  # g over the same
     parameter: Any
     pull: Any  # towards a smaller Jacobian, of RMS 1
-    strength: Any  # `rule.strength` of its L2 and pull
     position: LayerPosition
 
 

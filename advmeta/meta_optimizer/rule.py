@@ -90,30 +90,32 @@ class MetaOptimizerConfig:
         )
 
 
-def strength(config: MetaOptimizerConfig, position: features.LayerPosition, reach: Array) -> Array:
-    """The share of the L2 and of the pull that there is in a tensor.
+def strength(
+    config: MetaOptimizerConfig, positions: list[features.LayerPosition], reach: Array
+) -> Array:
+    """The share of its L2 and of its pull that the rule has in this model, [].
 
     An adversary that moves no logit by a nat is no reason to regularise.
     """
-    share = NORMALISED if position.normalised else 1.0
+    share = NORMALISED if any(position.normalised for position in positions) else 1.0
     return share * (reach / (1 + reach) if "reach" in config.features else jnp.ones([]))
 
 
 def regularise(
-    config: MetaOptimizerConfig, gradients: list, parameters: list, strengths: list, offsets: list
+    config: MetaOptimizerConfig, gradients: list, parameters: list, offsets: list, strength: Array
 ) -> list[Array]:
     """The gradients with that of the L2 regularisation, which the last of the offsets changes."""
     if "adam" not in config.features or not config.regularisation:
         return gradients
 
-    def regularise(g: Array, p: Array, strength: Array, offset: Array) -> Array:
+    def regularise(g: Array, p: Array, offset: Array) -> Array:
         mu = config.regularisation * strength
         rms = jnp.sqrt(jnp.mean(jnp.square(g)) + 1e-20)
         largest = LARGEST_SHARE * rms / features.root_mean_square(p)
         mu = jnp.minimum(mu, largest) * jnp.exp(2 * jnp.tanh(offset[-1]))
         return g + mu * p
 
-    return list(map(regularise, gradients, parameters, strengths, offsets))
+    return list(map(regularise, gradients, parameters, offsets))
 
 
 def adam(
@@ -162,7 +164,11 @@ def pace(config: MetaOptimizerConfig, aim: Aim, count: Array) -> Array:
 
 
 def update_rule(
-    config: MetaOptimizerConfig, readout: Array, offset: Array, tensor: inputs.Coordinates
+    config: MetaOptimizerConfig,
+    readout: Array,
+    offset: Array,
+    tensor: inputs.Coordinates,
+    strength: Array,
 ) -> Array:
     """The equation of `scale_by_meta_optimizer`, over the pace."""
     update = config.shift * jnp.tanh(readout[-1])
@@ -172,6 +178,6 @@ def update_rule(
         update -= factors.pop() * tensor.direction
     if "jacobian" in config.features and not tensor.position.bias:
         rms = features.root_mean_square(tensor.parameter)
-        strength = config.pull * rms / (rms + SMALL * config.learning_rate)
-        update -= strength * tensor.strength * factors.pop() * tensor.pull
+        nu = config.pull * strength * rms / (rms + SMALL * config.learning_rate)
+        update -= nu * factors.pop() * tensor.pull
     return config.learning_rate * update

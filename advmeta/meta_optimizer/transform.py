@@ -128,21 +128,21 @@ def scale_by_meta_optimizer(
             LINEAR_SCALE * linear.apply({"params": meta_params.get("linear", {})}, s)
             for s in shared
         ]
-        strengths = [rule.strength(config, position, reach) for position in positions]
-        regularised = rule.regularise(config, leaves, parameters, strengths, offsets)
+        strength = rule.strength(config, positions, reach)
+        regularised = rule.regularise(config, leaves, parameters, offsets, strength)
         count = optax.safe_increment(state.count)
         (mu, nu), direction, normalised = rule.adam(
             config, (state.mu, state.nu), count, gradient, treedef.unflatten(regularised)
         )
         columns = [_leaves(tree, treedef) for tree in (direction, normalised)]
-        tensors = map(inputs.Coordinates, leaves, *columns, parameters, pulls, strengths, positions)
+        tensors = map(inputs.Coordinates, leaves, *columns, parameters, pulls, positions)
         pace = rule.pace(config, aim, state.count)
         memories = _split_memory(state.memory, treedef)
         # A product of constants and of features side by side XLA would take apart into one for
         # each feature: to it these are no constants.
         weights = jax.lax.optimization_barrier(meta_params["lstm"])
         stepped: list[tuple[Array, Any]] = [
-            update_tensor(weights, *columns, pace)
+            update_tensor(weights, *columns, pace, strength)
             for columns in zip(tensors, shared, offsets, memories, strict=True)
         ]
         new_updates = treedef.unflatten([u for u, _ in stepped])
@@ -157,6 +157,7 @@ def scale_by_meta_optimizer(
         offset: Array,
         memory: tuple[Memory, ...],
         pace: Array,
+        strength: Array,
     ):
         own, wide = inputs.see(config.features, tensor), jax.tree.map(_float32, memory)
         if kernel == "pallas" and tensor.gradient.size:  # no grid without a block
@@ -170,7 +171,7 @@ def scale_by_meta_optimizer(
                 lambda a: a.reshape(a.shape[0], *tensor.gradient.shape), found
             )
         updated = jax.tree.map(lambda new, old: new.astype(old.dtype), updated, memory)
-        return pace * rule.update_rule(config, readout, offset, tensor), updated
+        return pace * rule.update_rule(config, readout, offset, tensor, strength), updated
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -179,7 +180,7 @@ def init_meta_params(config: MetaOptimizerConfig, key: Key) -> MetaParams:
     """Fresh meta-parameters: the update is then the nominal one."""
     w = jnp.zeros((1, 1))
     position = features.layer_positions({"w": w})[0]
-    tensor = inputs.Coordinates(w, w, w, w, w, jnp.ones([]), position)
+    tensor = inputs.Coordinates(w, w, w, w, w, position)
     memory = tuple(Memory(jnp.zeros((n, 1, 1)), jnp.zeros((n, 1, 1))) for n in config.hidden)
     lstm, linear = _networks(config)
     situation = inputs.situation(config.features, Aim(), jnp.zeros([], jnp.int32), jnp.ones([]))
