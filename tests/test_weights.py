@@ -132,3 +132,18 @@ def test_shipped_weights_load_and_have_whole_cards():
         made = {"command", "seed", "seconds", "hardware", "versions", "training"}
         assert made | {"tested", "weak_at"} <= card.keys()
         assert path.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("name", advmeta.list_pretrained())
+def test_with_x64_parameters_of_32_bits_keep_their_state(name):
+    # As a scan's carry has to, in a program whose other parts need 64 bits.
+    kernels = {
+        f"layer_{i}": {"kernel": jnp.ones(s, jnp.float32)} for i, s in enumerate([(4, 3), (3, 2)])
+    }
+    for horizon in (None, 200):
+        optimizer = advmeta.load_meta_optimizer(name, advmeta.Aim(0.1, "linf", horizon))
+        with jax.enable_x64(True):
+            state = optimizer.init(kernels)
+            updates, after = jax.eval_shape(optimizer.update, kernels, state, kernels)
+        types = [jax.tree.map(lambda x: x.dtype, tree) for tree in (kernels, state, updates, after)]
+        assert types[:2] == types[2:]

@@ -66,8 +66,9 @@ def look_at_jacobian(
     The reach is how far an adversary of radius epsilon moves a logit, in nats. It is 1 where that
     is not known: where the model has no kernel, or normalises what they make.
     """
+    unknown = jnp.ones([], jnp.float32)
     if {"jacobian", "reach"}.isdisjoint(chosen):
-        return jnp.ones([]), [None] * len(parameters)
+        return unknown, [None] * len(parameters)
     kernels = [i for i, p in enumerate(parameters) if p.size and not positions[i].bias]
     kernels.sort(key=lambda i: (positions[i].depth, i))
     gain, found = gain_and_pull(
@@ -76,7 +77,7 @@ def look_at_jacobian(
     known = kernels and not positions[0].normalised
     by_leaf = dict(zip(kernels, found, strict=True))
     pulls = [by_leaf.get(i, jnp.zeros_like(p)) for i, p in enumerate(parameters)]
-    return jnp.asarray(aim.epsilon) * gain if known else jnp.ones([]), pulls
+    return jnp.asarray(aim.epsilon, gain.dtype) * gain if known else unknown, pulls
 
 
 def situation(chosen: tuple[str, ...], aim: Aim, count: Array, reach: Array) -> tuple[Array, ...]:

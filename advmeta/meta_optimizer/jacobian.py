@@ -93,7 +93,7 @@ def gain(kernels: list[Array], positions: list[LayerPosition], norm: Norm = "lin
             jacobian = _chain(kernels[i], positions[i], jacobian, positions[i + 1], norm)
     if kernels:
         chains.append((jacobian, outputs))
-    total = sum((_dual(j, n, norm) for j, n in chains), start=jnp.zeros([]))
+    total = sum((_dual(j, n, norm) for j, n in chains), start=jnp.float32(0))
     return total / max(1, sum(n for _, n in chains))
 
 

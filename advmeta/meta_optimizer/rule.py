@@ -98,7 +98,7 @@ def strength(
     An adversary that moves no logit by a nat is no reason to regularise.
     """
     share = NORMALISED if any(position.normalised for position in positions) else 1.0
-    return share * (reach / (1 + reach) if "reach" in config.features else jnp.ones([]))
+    return share * (reach / (1 + reach) if "reach" in config.features else jnp.float32(1))
 
 
 def regularise(
@@ -157,7 +157,7 @@ def adam(
 def pace(config: MetaOptimizerConfig, aim: Aim, count: Array) -> Array:
     """eta_t / eta: warmed up, then a half cosine, or 1/3 without a horizon; 1 without time."""
     if "time" not in config.features:
-        return jnp.ones([])
+        return jnp.float32(1)
     _, known, left = features.time_features(aim, count)
     falling = jnp.where(known > 0, jnp.square(jnp.sin(0.5 * jnp.pi * left)), 1 / 3)
     return falling * features.warm_up(count, aim.horizon)
