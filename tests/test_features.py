@@ -1,12 +1,10 @@
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.tiny import compile_fast as compile_fast
-from flax import nnx
 
 from advmeta.meta_optimizer import features
+from advmeta.meta_optimizer.layers import LayerPosition, layer_positions
 
 
 def test_log_sign_is_the_equation_of_andrychowicz():
@@ -34,7 +32,7 @@ def test_layer_features_of_a_kernel():
     # mean square = (1 + 1 + 9 + 9) / 4 = 5; |w| / RMS has row means 1 / s, 3 / s and column means
     # 2 / s, with s = sqrt(5).
     kernel = jnp.array([[1.0, -1.0], [3.0, 3.0]])
-    position = features.LayerPosition(True, False, False, outputs=1, fan_in=2, fan_out=2, layers=5,
+    position = LayerPosition(True, False, False, outputs=1, fan_in=2, fan_out=2, layers=5,
                                       convolutional=True)  # fmt: skip
     tensor, row, column = features.layer_features(kernel, 7 * jnp.ones((2, 2)), position)
     log2, s = np.log(2) / 10, np.sqrt(5)
@@ -47,7 +45,7 @@ def test_layer_features_of_a_kernel():
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 2, 3, 4)])
 def test_features_broadcast_to_tensors_of_any_rank(shape):
     parameter = jnp.ones(shape)
-    (position,) = features.layer_positions([parameter])
+    (position,) = layer_positions([parameter])
     own = features.parameter_features(parameter), features.log_sign(parameter)
     for feature in (*own, *features.layer_features(parameter, parameter, position)):
         assert len(feature.shape) == 1 + len(shape)
@@ -57,7 +55,7 @@ def test_features_broadcast_to_tensors_of_any_rank(shape):
 
 def test_scale_of_a_tensor_shows_in_its_rms_alone():
     kernel = jnp.array([[0.5, -1.0, 2.0], [3.0, 1.0, -0.1]])
-    (position,) = features.layer_positions([kernel])
+    (position,) = layer_positions([kernel])
     small, large = (features.layer_features(c * kernel, kernel, position) for c in (1.0, 1000.0))
     expected = np.array(small[0])
     expected[8] += np.log(1000) / 10
@@ -69,96 +67,12 @@ def test_scale_of_a_tensor_shows_in_its_rms_alone():
     )
 
 
-def layer(*shape):
-    return {"kernel": np.zeros(shape), "bias": np.zeros(shape[-1])}
-
-
-def test_layer_10_comes_after_layer_2():
-    params = {f"layer_{i}": layer(i + 1, i + 2) for i in range(11)}
-    positions = features.layer_positions(params)
-    paths = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    first = {path for path, p in zip(paths, positions, strict=True) if p.first}
-    last = {path for path, p in zip(paths, positions, strict=True) if p.last}
-    assert (first, last) == ({"layer_0"}, {"layer_10"})  # "layer_10" < "layer_2" as text
-    sizes = {path: p.fan_in for path, p in zip(paths, positions, strict=True) if not p.bias}
-    assert sizes == {f"layer_{i}": i + 1 for i in range(11)}
-
-
-def test_positions_of_any_tree():
-    # Layers are parents of leaves; a norm without a kernel is neither the first nor the last.
-    params = [{"norm": {"scale": np.zeros(3)}}, layer(3, 3, 2, 8), (layer(8, 4),)]
-    norm, conv_bias, conv, dense_bias, dense = features.layer_positions(params)
-    assert (norm.first, norm.last, norm.bias) == (False, False, True)
-    assert (conv.first, conv.last, conv.bias, conv.fan_in, conv.fan_out) == (
-        True, False, False, 18, 8)  # fmt: skip
-    assert (conv_bias.first, conv_bias.bias, conv_bias.fan_in, conv_bias.fan_out) == (
-        True, True, 1, 8)  # fmt: skip
-    assert (dense.first, dense.last, dense_bias.last) == (False, True, True)
-
-
-def test_what_a_model_has_is_known_of_each_tensor():
-    def kinds(params):
-        return {(p.convolutional, p.normalised) for p in features.layer_positions(params)}
-
-    eqx_norm = eqx.nn.LayerNorm(4)
-    assert kinds([layer(3, 4), layer(4, 2)]) == {(False, False)}
-    assert kinds([layer(3, 3, 1, 4), layer(4, 2)]) == {(True, False)}
-    assert kinds([layer(3, 4), {"scale": np.ones(4)}]) == {(False, True)}
-    assert kinds([layer(3, 4), eqx_norm]) == {(False, True)}
-    assert kinds([np.zeros((3, 4)), np.zeros(4)]) == {(False, False)}  # a bias, presumably
-
-
 @pytest.mark.parametrize(
     ("horizon", "steps"), [(None, 40), (0, 40), (1000, 40), (100, 20), (25, 5), (2, 1)]
 )
 def test_warm_up_takes_40_steps_or_a_fifth_of_the_horizon(horizon, steps):
     shares = [float(features.warm_up(jnp.int32(t), horizon)) for t in range(steps + 1)]
     np.testing.assert_allclose(shares, [*(np.arange(1, steps + 1) / steps), 1], rtol=1e-6)
-
-
-def test_positions_without_kernels_or_without_anything():
-    assert features.layer_positions({}) == []
-    (scalar,) = features.layer_positions(np.float32(1))
-    assert scalar == features.LayerPosition(False, False, True, outputs=0, fan_in=1, fan_out=1)
-
-
-def test_a_kernel_without_a_name_is_the_only_layer():
-    kernel = np.zeros((4, 3), np.float32)
-    assert features.layer_positions(kernel) == features.layer_positions([kernel])
-
-
-def test_a_single_layer_is_the_first_and_the_last():
-    bias, kernel = features.layer_positions({"layer_0": layer(4, 2)})
-    assert kernel.first and kernel.last and bias.first and bias.last
-
-
-def test_an_equinox_layer_is_seen_as_its_transpose():
-    """Attributes of a module: weight (outputs, inputs), and a bias that may have rank 3."""
-
-    class Layer(eqx.Module):
-        weight: jax.Array
-        bias: jax.Array
-
-    eqx_kernel = np.sin(np.arange(15, dtype=np.float32)).reshape(5, 3)
-    ours = {"layer": {"kernel": eqx_kernel.T, "bias": jnp.ones(5)}}
-    for bias in (jnp.ones(5), jnp.ones((5, 1, 1))):
-        bias_position, kernel_position = features.layer_positions(ours)
-        same_kernel, same_bias = features.layer_positions({"layer": Layer(eqx_kernel, bias)})
-        assert same_kernel == kernel_position._replace(outputs=0)
-        assert same_bias == bias_position
-    tensor, row, column = features.layer_features(eqx_kernel.T, eqx_kernel.T, kernel_position)
-    same_tensor, same_row, same_column = features.layer_features(
-        eqx_kernel, eqx_kernel, same_kernel
-    )
-    np.testing.assert_allclose(same_tensor, tensor)
-    np.testing.assert_allclose(same_row[0], row[0].T)
-    np.testing.assert_allclose(same_column[0], column[0].T)
-
-
-def test_the_box_of_an_nnx_variable_is_no_layer():
-    _, state = nnx.split(nnx.Linear(3, 5, rngs=nnx.Rngs(0)))
-    plain = {"bias": jnp.ones(5), "kernel": jnp.ones((3, 5))}
-    assert features.layer_positions(state) == features.layer_positions(plain)
 
 
 def test_the_aim():

@@ -8,8 +8,8 @@ import pytest
 from fixtures.tiny import compile_fast as compile_fast
 
 from advmeta import optimizees
-from advmeta.meta_optimizer import features
 from advmeta.meta_optimizer.jacobian import SOFTNESS, gain, gain_and_pull
+from advmeta.meta_optimizer.layers import layer_positions
 
 RNG = np.random.default_rng(0)
 
@@ -20,7 +20,7 @@ def normal(*shape):
 
 def kernels_of(params):
     """As the optimizer takes them: kernels in the order of their layers, with their positions."""
-    leaves, positions = jax.tree.leaves(params), features.layer_positions(params)
+    leaves, positions = jax.tree.leaves(params), layer_positions(params)
     layers = [pair for pair in zip(leaves, positions, strict=True) if not pair[1].bias]
     layers.sort(key=lambda pair: pair[1].depth)
     return [list(column) for column in zip(*layers, strict=True)]
@@ -31,7 +31,7 @@ def test_gain_of_two_matrices():
     # l2: two columns of the length sqrt(1 + 4). linf: s log(e^{j/s} + e^{-j/s}) of each entry, with
     # s = 0.16 sqrt(10 / 4), is |j| to 1e-3.
     kernels = [jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[1.0, -1.0], [3.0, 1.0]])]
-    positions = features.layer_positions(kernels)
+    positions = layer_positions(kernels)
     assert gain(kernels, positions, "l2") == pytest.approx(5**0.5, rel=1e-6)
     soft = SOFTNESS * np.sqrt(10 / 4)
     expected = sum(soft * np.logaddexp(j / soft, -j / soft) for j in (1, -1, 2, -2)) / 2
@@ -102,14 +102,14 @@ def test_windows_of_an_even_patch_lie_side_by_side():
     jacobian = jax.jacobian(model)(jnp.zeros((4, 4, 1)))
     jacobian = jacobian - jacobian.mean(axis=0)
     kernels = [convolution, dense]
-    found = gain(kernels, features.layer_positions(kernels))
+    found = gain(kernels, layer_positions(kernels))
     assert found == pytest.approx(float(jnp.abs(jacobian).sum()) / 4, rel=0.02)  # softened
 
 
 def test_a_window_of_one_pixel_is_a_matrix_at_each_place():
     window, mixing, dense = normal(3, 3, 2, 3), normal(3, 5), normal(4 * 5, 4)
     apart, merged = [window, mixing[None, None], dense], [window @ mixing, dense]
-    found = (gain(kernels, features.layer_positions(kernels)) for kernels in (apart, merged))
+    found = (gain(kernels, layer_positions(kernels)) for kernels in (apart, merged))
     assert next(found) == pytest.approx(float(next(found)), rel=1e-4)
 
 
@@ -117,13 +117,13 @@ def test_large_windows_lie_side_by_side():
     window, dense = normal(8, 8, 2, 3), normal(4 * 3, 4)
     centred = (dense - dense.mean(axis=1, keepdims=True)).reshape(4, 3, 4)
     jacobian = np.einsum("xo,poe->xpe", window.reshape(-1, 3), centred)
-    found = gain([window, dense], features.layer_positions([window, dense]))
+    found = gain([window, dense], layer_positions([window, dense]))
     assert found == pytest.approx(float(np.abs(jacobian).sum()) / 4, rel=0.02)  # softened
 
 
 def test_layers_that_do_not_follow_each_other_are_chains_of_their_own():
     kernels = [normal(3, 5), normal(7, 2)]  # 7 inputs cannot be 5 outputs
-    positions = features.layer_positions(kernels)
+    positions = layer_positions(kernels)
     centred = kernels[1] - kernels[1].mean(axis=1, keepdims=True)
     expected = sum(np.linalg.norm(m, axis=0).sum() for m in (kernels[0], centred)) / 7
     assert gain(kernels, positions, "l2") == pytest.approx(expected, rel=1e-5)
@@ -133,7 +133,7 @@ def test_layers_that_do_not_follow_each_other_are_chains_of_their_own():
 def test_a_model_of_one_logit_is_pulled():
     kernels = [normal(3, 2), normal(2, 1)]
     expected = np.linalg.norm(kernels[0] @ kernels[1])
-    assert gain(kernels, features.layer_positions(kernels), "l2") == pytest.approx(expected)
+    assert gain(kernels, layer_positions(kernels), "l2") == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -149,14 +149,14 @@ def test_a_step_against_the_pull_lowers_the_gain(norm):
 
 def test_the_pull_of_zeros_is_zero():
     kernels = [jnp.zeros((3, 2)), jnp.zeros((2, 4))]
-    for direction in gain_and_pull(kernels, features.layer_positions(kernels))[1]:
+    for direction in gain_and_pull(kernels, layer_positions(kernels))[1]:
         np.testing.assert_array_equal(direction, np.zeros_like(direction))
 
 
 def test_entries_that_stand_out_by_far_stay_finite():
     # e^{j / s} of the largest is beyond float32: s is 0.16 of an RMS that is a 300th of it.
     kernel = jnp.zeros((300, 300)).at[0, 0].set(1.0)
-    _, (direction,) = gain_and_pull([kernel], features.layer_positions([kernel]))
+    _, (direction,) = gain_and_pull([kernel], layer_positions([kernel]))
     assert np.isfinite(direction).all()
 
 
@@ -168,8 +168,8 @@ def test_an_equinox_layer_is_pulled_as_its_transpose():
     # In (outputs, inputs) the places of an output are next to each other.
     second = kernels[1].reshape(2, 3, 4).swapaxes(0, 1).reshape(6, 4)
     theirs = [Layer(kernels[0].T), Layer(second.T)]
-    _, ours = gain_and_pull(list(kernels), features.layer_positions(list(kernels)))
-    _, found = gain_and_pull([layer.weight for layer in theirs], features.layer_positions(theirs))
+    _, ours = gain_and_pull(list(kernels), layer_positions(list(kernels)))
+    _, found = gain_and_pull([layer.weight for layer in theirs], layer_positions(theirs))
     np.testing.assert_allclose(found[0].T, ours[0], rtol=1e-4, atol=1e-5)
     second_pull = found[1].T.reshape(3, 2, 4).swapaxes(0, 1).reshape(6, 4)
     np.testing.assert_allclose(second_pull, ours[1], rtol=1e-4, atol=1e-5)
@@ -184,7 +184,7 @@ def test_a_pytorch_like_convolution_is_pulled_as_its_transpose():
     theirs = [Layer(k.transpose(3, 2, 0, 1)) for k in kernels[:2]]
     # Its features are flattened with the places of a channel next to each other.
     theirs.append(Layer(kernels[2].reshape(4, 4, 5).transpose(2, 1, 0).reshape(5, 16)))
-    _, found = gain_and_pull([layer.weight for layer in theirs], features.layer_positions(theirs))
+    _, found = gain_and_pull([layer.weight for layer in theirs], layer_positions(theirs))
     _, expected = gain_and_pull(kernels, positions)
     for direction, other in zip(expected[:2], found[:2], strict=True):
         np.testing.assert_allclose(other.transpose(2, 3, 1, 0), direction, rtol=1e-3, atol=1e-4)

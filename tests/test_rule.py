@@ -20,11 +20,11 @@ from advmeta.meta_optimizer import (
     FEATURES,
     Aim,
     MetaOptimizerConfig,
-    features,
     inputs,
     jacobian,
     scale_by_meta_optimizer,
 )
+from advmeta.meta_optimizer.layers import layer_positions
 
 WITHOUT_REACH = tuple(name for name in FEATURES if name != "reach")
 
@@ -50,7 +50,7 @@ def test_a_readout_of_zero_is_adam_with_the_pull(seen, horizon, paces):
         if np.ndim(theta) < 2:
             return 0.0
         rms = np.sqrt(np.mean(np.square(theta)) + 1e-6)
-        _, (direction,) = jacobian.gain_and_pull([theta], features.layer_positions([theta]))
+        _, (direction,) = jacobian.gain_and_pull([theta], layer_positions([theta]))
         return 0.02 * 0.3 * rms / (rms + 4 * 0.02) * direction
 
     adam = optax.chain(l2_regularised(0.4), optax.adam(0.02))
@@ -143,7 +143,7 @@ def test_what_regularises_grows_with_how_far_the_adversary_moves_the_logits():
     # r = epsilon mean_e |J_e|_1, and r / (1 + r) of mu and nu. With one output J is the kernel.
     plain = ("adam", "jacobian")
     kernel, gradient = {"w": jnp.array([[2.0], [-1.0], [0.5]])}, {"w": jnp.ones((3, 1))}
-    gain, _ = jacobian.gain_and_pull([kernel["w"]], features.layer_positions([kernel["w"]]))
+    gain, _ = jacobian.gain_and_pull([kernel["w"]], layer_positions([kernel["w"]]))
     assert float(gain) == pytest.approx(3.5, rel=0.01)  # softened
 
     def update(seen, aim=Aim(), **constants):
@@ -165,7 +165,7 @@ def test_what_regularises_grows_with_how_far_the_adversary_moves_the_logits():
 def test_the_reach_is_one_where_it_is_not_known(params):
     # Of a model that normalises, and of one without a kernel.
     leaves = jax.tree.leaves(params)
-    positions = features.layer_positions(params)
+    positions = layer_positions(params)
     reach, _ = inputs.look_at_jacobian(FEATURES, Aim(0.3), leaves, positions)
     assert float(reach) == 1
 

@@ -14,7 +14,7 @@ import optax
 
 from advmeta.evaluation.curves import learning_steps, train_and_keep
 from advmeta.inner_gradients import clean
-from advmeta.meta_optimizer.features import layer_positions
+from advmeta.meta_optimizer.layers import layer_positions
 from advmeta.tasks import Task
 from advmeta.types import Key, Params
 

@@ -5,20 +5,17 @@ on one model can be used on another.
 """
 
 import math
-import re
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax.tree_util import DictKey, GetAttrKey
 from jax.typing import ArrayLike
 
-from advmeta.types import Array, Norm, Params
+from advmeta.meta_optimizer.layers import LayerPosition
+from advmeta.types import Array, Norm
 
 FEATURES = ("log_sign", "adam", "parameter", "jacobian", "layer", "aim", "reach", "time")
 TYPICAL_EPSILON = {"linf": 0.1, "l2": 1.0}
 WARM_UP = 40  # inner steps
-_SCALES = ((DictKey("scale"),), (GetAttrKey("scale"),), (GetAttrKey("weight"),))
 
 
 class Aim(NamedTuple):
@@ -34,21 +31,6 @@ class Aim(NamedTuple):
     epsilon: ArrayLike = 0.1
     norm: Norm = "linf"
     horizon: ArrayLike | None = None
-
-
-class LayerPosition(NamedTuple):
-    """Where a tensor stands in the model and how large it is; known from the tree alone."""
-
-    first: bool
-    last: bool
-    bias: bool  # by name, or of rank 1 or 0, as scales of normalisation are too
-    outputs: int  # the axis of the layer's outputs; the others are inputs and places
-    fan_in: int
-    fan_out: int
-    depth: int = 0  # of its layer, among those that have a kernel
-    layers: int = 1  # that have a kernel, in the whole model
-    convolutional: bool = False  # the model has a kernel of rank 3 or more
-    normalised: bool = False  # the model has scales, which follow a normalisation
 
 
 def log_sign(gradient: Array, p: float = 10.0) -> Array:
@@ -163,55 +145,3 @@ def warm_up(count: ArrayLike, horizon: ArrayLike | None) -> Array:
         horizon = jnp.asarray(horizon, jnp.float32)
         steps = jnp.where(horizon > 0, jnp.clip(horizon / 5, 1, WARM_UP), steps)
     return jnp.minimum(1, (jnp.asarray(count, jnp.float32) + 1) / steps)
-
-
-def layer_positions(params: Params) -> list[LayerPosition]:
-    """The position of every leaf, in the order of `jax.tree.leaves`.
-
-    A layer is a set of leaves with the same parent, and layers follow each other as their names
-    do, with numbers compared as numbers. First and last are counted over the layers that have a
-    kernel, a leaf of rank 2 or more. Its axes are (..., inputs, outputs), but (outputs, inputs,
-    ...) where it is the attribute ``weight`` of a module, as in Equinox. A scale is a leaf of rank
-    1 with the key ``scale`` (Flax, Haiku) or the attribute ``scale`` or ``weight``.
-    """
-    leaves = [(_unboxed(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
-    parents = [_natural_order(path[:-1]) for path, _ in leaves]
-    kernels = sorted({q for q, (_, x) in zip(parents, leaves, strict=True) if jnp.ndim(x) >= 2})
-    positions = [
-        _position(path, parent, jnp.shape(x), kernels)
-        for parent, (path, x) in zip(parents, leaves, strict=True)
-    ]
-    of_leaves = list(zip(positions, leaves, strict=True))
-    convolutional = any(jnp.ndim(x) > 2 and not q.bias for q, (_, x) in of_leaves)
-    normalised = any(jnp.ndim(x) == 1 and path[-1:] in _SCALES for _, (path, x) in of_leaves)
-    return [p._replace(convolutional=convolutional, normalised=normalised) for p in positions]
-
-
-def _position(
-    path: tuple, parent: tuple, shape: tuple[int, ...], kernels: list[tuple]
-) -> LayerPosition:
-    name = path[-1:]  # empty for a tree that is one array
-    bias = len(shape) < 2 or name in ((GetAttrKey("bias"),), (DictKey("bias"),))
-    outputs = 0 if bias or name == (GetAttrKey("weight"),) else len(shape) - 1
-    fan_out = math.prod(shape) if bias else shape[outputs]
-    return LayerPosition(
-        first=bool(kernels) and parent == kernels[0],
-        last=bool(kernels) and parent == kernels[-1],
-        bias=bias,
-        outputs=outputs,
-        fan_in=max(1, math.prod(shape) // max(1, fan_out)),
-        fan_out=max(1, fan_out),
-        depth=kernels.index(parent) if parent in kernels else 0,
-        layers=max(1, len(kernels)),
-    )
-
-
-def _unboxed(path: tuple) -> tuple:
-    """The path without the ``.value`` of the variable that Flax NNX keeps an array in."""
-    return path[:-1] if path and path[-1] == GetAttrKey("value") else path
-
-
-def _natural_order(path) -> tuple:
-    """Sorts layer_10 after layer_2."""
-    words = re.split(r"(\d+)", jax.tree_util.keystr(path))
-    return tuple((int(w), "") if w.isdigit() else (-1, w) for w in words)

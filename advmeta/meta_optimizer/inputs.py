@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from advmeta.meta_optimizer.features import (
     Aim,
-    LayerPosition,
     aim_features,
     layer_features,
     log_sign,
@@ -16,6 +15,7 @@ from advmeta.meta_optimizer.features import (
     time_features,
 )
 from advmeta.meta_optimizer.jacobian import gain_and_pull
+from advmeta.meta_optimizer.layers import LayerPosition
 from advmeta.types import Array
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
-from advmeta.meta_optimizer.features import LayerPosition
+from advmeta.meta_optimizer.layers import LayerPosition
 from advmeta.types import Array, Norm
 
 # Entries of J below this share of its RMS count in proportion, larger ones alike. A pure sign keeps
@@ -41,7 +41,7 @@ def gain_and_pull(
       The gain [], and arrays of the kernels' shapes, of RMS 1; of zeros where the gradient is zero.
 
     Example:
-      >>> from advmeta.meta_optimizer.features import layer_positions
+      >>> from advmeta.meta_optimizer.layers import layer_positions
       >>> kernels = [jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[1.0, -1.0], [3.0, 1.0]])]
       >>> _, pull = gain_and_pull(kernels, layer_positions(kernels))
       >>> [p.shape for p in pull]

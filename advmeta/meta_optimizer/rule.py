@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from advmeta.meta_optimizer import features, inputs
 from advmeta.meta_optimizer.features import Aim
+from advmeta.meta_optimizer.layers import LayerPosition
 from advmeta.types import Array, PyTree
 
 # Adam's constants (Kingma and Ba 2015, algorithm 1).
@@ -90,9 +91,7 @@ class MetaOptimizerConfig:
         )
 
 
-def strength(
-    config: MetaOptimizerConfig, positions: list[features.LayerPosition], reach: Array
-) -> Array:
+def strength(config: MetaOptimizerConfig, positions: list[LayerPosition], reach: Array) -> Array:
     """The share of its L2 and of its pull that the rule has in this model, [].
 
     An adversary that moves no logit by a nat is no reason to regularise.

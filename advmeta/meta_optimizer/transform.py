@@ -10,8 +10,9 @@ from jax.tree_util import tree_leaves_with_path
 from jax.typing import ArrayLike
 from optax._src.base import NO_PARAMS_MSG  # optax's own words; not exported
 
-from advmeta.meta_optimizer import features, fused, inputs, rule
+from advmeta.meta_optimizer import fused, inputs, rule
 from advmeta.meta_optimizer.features import Aim
+from advmeta.meta_optimizer.layers import layer_positions
 from advmeta.meta_optimizer.lstm import LSTM, Linear, Memory, flatten
 from advmeta.meta_optimizer.rule import MetaOptimizerConfig
 from advmeta.types import Array, Key, MetaParams, Params, PyTree
@@ -118,12 +119,12 @@ def scale_by_meta_optimizer(
             raise ValueError(NO_PARAMS_MSG)
         gradient = jax.tree.map(_float32, jax.lax.stop_gradient(updates))
         leaves, treedef = jax.tree.flatten(gradient)
-        positions = features.layer_positions(gradient)
+        positions = layer_positions(gradient)
         parameters = _leaves(params, treedef)
         reach, pulls = inputs.look_at_jacobian(config.features, aim, parameters, positions)
         situation = inputs.situation(config.features, aim, state.count, reach)
-        layers = zip(parameters, leaves, positions, strict=True)
-        shared = [inputs.share(config.features, *layer, situation) for layer in layers]
+        tensors = zip(parameters, leaves, positions, strict=True)
+        shared = [inputs.share(config.features, *tensor, situation) for tensor in tensors]
         offsets: list[Any] = [
             LINEAR_SCALE * linear.apply({"params": meta_params.get("linear", {})}, s)
             for s in shared
@@ -179,7 +180,7 @@ def scale_by_meta_optimizer(
 def init_meta_params(config: MetaOptimizerConfig, key: Key) -> MetaParams:
     """Fresh meta-parameters: the update is then the nominal one."""
     w = jnp.zeros((1, 1))
-    position = features.layer_positions({"w": w})[0]
+    position = layer_positions({"w": w})[0]
     tensor = inputs.Coordinates(w, w, w, w, w, position)
     memory = tuple(Memory(jnp.zeros((n, 1, 1)), jnp.zeros((n, 1, 1))) for n in config.hidden)
     lstm, linear = _networks(config)

@@ -1,0 +1,163 @@
+"""Where each tensor of a model stands: which layers there are, and in which order."""
+
+import functools
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import DictKey, GetAttrKey
+
+from advmeta.types import Params
+
+# Of more layers than that no other order than that of their names is sought.
+MOST_LAYERS = 12
+_SCALES = ((DictKey("scale"),), (GetAttrKey("scale"),), (GetAttrKey("weight"),))
+
+
+class LayerPosition(NamedTuple):
+    """Where a tensor stands in the model and how large it is; known from the tree alone."""
+
+    first: bool
+    last: bool
+    bias: bool  # by name, or of rank 1 or 0, as scales of normalisation are too
+    outputs: int  # the axis of the layer's outputs; the others are inputs and places
+    fan_in: int
+    fan_out: int
+    depth: int = 0  # of its layer, among those that have a kernel
+    layers: int = 1  # that have a kernel, in the whole model
+    convolutional: bool = False  # the model has a kernel of rank 3 or more
+    normalised: bool = False  # the model has scales, which follow a normalisation
+
+
+class _Leaf(NamedTuple):
+    path: tuple
+    shape: tuple[int, ...]
+    bias: bool
+    outputs: int  # axis
+
+
+def layer_positions(params: Params) -> list[LayerPosition]:
+    """The position of every leaf, in the order of `jax.tree.leaves`.
+
+    A layer is a set of leaves with the same parent that has a kernel, a leaf of rank 2 or more;
+    where a parent has several, each is a layer of its own, with the bias of the same number. A
+    kernel's axes are (..., inputs, outputs), but (outputs, inputs, ...) where it is the attribute
+    ``weight`` of a module, as in Equinox. A scale is a leaf of rank 1 with the key ``scale`` (Flax,
+    Haiku) or the attribute ``scale`` or ``weight``.
+
+    Layers follow each other as their names do, with numbers compared as numbers, and a module's
+    attributes as they were declared. Where each then does not take what the one before it gives,
+    but in another order each does, they follow in that one: "stem", "body", "head", for one.
+    """
+    leaves = [_leaf(path, jnp.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    order = _natural_order([leaf.path for leaf in leaves])
+    layers = _layers(leaves, order)
+    kernels = {layers[i]: leaf for i, leaf in enumerate(leaves) if not leaf.bias}
+    chain = _chain([kernels[layer] for layer in sorted(kernels)])
+    depths = {layer: depth for layer, depth in zip(sorted(kernels), chain, strict=True)}
+    convolutional = any(len(leaf.shape) > 2 for leaf in kernels.values())
+    normalised = any(len(leaf.shape) == 1 and leaf.path[-1:] in _SCALES for leaf in leaves)
+    positions = []
+    for leaf, layer in zip(leaves, layers, strict=True):
+        fan_out = math.prod(leaf.shape) if leaf.bias else leaf.shape[leaf.outputs]
+        positions.append(
+            LayerPosition(
+                first=depths.get(layer) == 0,
+                last=depths.get(layer) == len(depths) - 1,
+                bias=leaf.bias,
+                outputs=leaf.outputs,
+                fan_in=max(1, math.prod(leaf.shape) // max(1, fan_out)),
+                fan_out=max(1, fan_out),
+                depth=depths.get(layer, 0),
+                layers=max(1, len(depths)),
+                convolutional=convolutional,
+                normalised=normalised,
+            )
+        )
+    return positions
+
+
+def _leaf(path: tuple, shape: tuple[int, ...]) -> _Leaf:
+    if path and path[-1] == GetAttrKey("value"):  # of the variable that Flax NNX keeps an array in
+        path = path[:-1]
+    name = path[-1:]  # empty for a tree that is one array
+    bias = len(shape) < 2 or name in ((GetAttrKey("bias"),), (DictKey("bias"),))
+    outputs = 0 if bias or name == (GetAttrKey("weight"),) else len(shape) - 1
+    return _Leaf(path, shape, bias, outputs)
+
+
+def _natural_order(paths: list[tuple]) -> list[tuple]:
+    """What sorts layer_10 after layer_2, and attributes as they come; a key for each path."""
+    keys = []
+    for path in paths:
+        key: list[Any] = []
+        for depth, name in enumerate(path):
+            if isinstance(name, GetAttrKey):
+                above = path[: depth + 1]
+                key.append((next(i for i, p in enumerate(paths) if p[: depth + 1] == above), ""))
+            else:
+                words = re.split(r"(\d+)", jax.tree_util.keystr((name,)))
+                key.extend((int(w), "") if w.isdigit() else (-1, w) for w in words)
+        keys.append(tuple(key))
+    return keys
+
+
+def _layers(leaves: list[_Leaf], order: list[tuple]) -> list[tuple]:
+    """The layer of each leaf, as something to sort by."""
+    parents = [leaf.path[:-1] for leaf in leaves]
+    of_parents = _natural_order(parents)
+    layers = list(of_parents)
+    for parent in set(parents):
+        of_rank = {
+            bias: sorted(
+                (i for i, p in enumerate(parents) if p == parent and leaves[i].bias == bias),
+                key=order.__getitem__,
+            )
+            for bias in (False, True)
+        }
+        kernels, biases = of_rank[False], of_rank[True]
+        if len(kernels) > 1:
+            for n, i in enumerate(kernels):
+                layers[i] = order[i]
+                if len(biases) == len(kernels):
+                    layers[biases[n]] = order[i]
+    return layers
+
+
+def _chain(kernels: list[_Leaf]) -> list[int]:
+    """The depth of each layer: as they are, unless only in another order each can follow."""
+    count = len(kernels)
+    by_name = list(range(count))
+    follows = [[_follows(a, b) for b in kernels] for a in kernels]
+    if count > MOST_LAYERS or all(follows[i][i + 1] for i in range(count - 1)):
+        return by_name
+
+    @functools.cache
+    def rest(last: int, left: frozenset[int]) -> tuple[int, ...] | None:
+        """An order of what is left after a layer, if there is one."""
+        if not left:
+            return ()
+        for i in sorted(left):
+            if follows[last][i] and (found := rest(i, left - {i})) is not None:
+                return i, *found
+        return None
+
+    for first in by_name:
+        if (found := rest(first, frozenset(by_name) - {first})) is not None:
+            order = [first, *found]
+            return [order.index(i) for i in by_name]
+    return by_name
+
+
+def _follows(a: _Leaf, b: _Leaf) -> bool:
+    """Whether a layer with the kernel b can take what one with the kernel a gives."""
+    given, inputs = a.shape[a.outputs], _inputs(b)
+    if len(a.shape) > 2 and len(b.shape) == 2:  # all places of an image
+        return given > 0 and inputs % given == 0
+    return (len(a.shape) == len(b.shape)) and given == inputs
+
+
+def _inputs(kernel: _Leaf) -> int:
+    return kernel.shape[1] if kernel.outputs == 0 else kernel.shape[-2]
