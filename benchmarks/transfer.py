@@ -51,7 +51,7 @@ PAIRS = (
     Cell("Fashion, ResNet", "fashion_small", "resnet-4-8", 0.05),
     Cell("CIFAR-10, CNN", CIFAR, "cnn-8-16", 0.01),
 )
-ROWS = ("adam-no-decay", "adam", "adam-noisy", "adversarial", "fgsm-rs")
+ROWS = ("adam-no-decay", "adam", "adam-noisy", "vat", "adversarial", "fgsm-rs")
 RIVALS = {
     ("adam, no decay", "clean"),
     ("adam", "clean"),
@@ -68,6 +68,7 @@ SUMMARY = (
     ("the same, noisy", 1, NOMINAL, ("noisy",), None),
     ("**meta-optimizer, clean**", 1, META_OPTIMIZER, ("clean",), ("meta", "d")),
     ("**meta-optimizer, noisy**", 1, META_OPTIMIZER, ("noisy",), ("meta", "D")),
+    ("VAT, tuned", 3, "adam", ("vat",), None),
     ("FGSM-RS training, tuned", 2, "adam", ("fgsm-rs",), None),
     ("adversarial training, tuned", 8, "adam", ("adversarial",), ("adversarial", "^")),
     ("**meta-optimizer, FGSM-RS**", 2, META_OPTIMIZER, ("fgsm-rs",), ("noisy", "D")),
