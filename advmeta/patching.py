@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
+from advmeta.attacks.losses import is_right
 from advmeta.attacks.threat_model import ThreatModel
 from advmeta.attacks.validation import check_attack_inputs
 from advmeta.held_out import Accuracy, held_out_accuracy
@@ -27,7 +28,9 @@ from advmeta.unroll import InnerState, unroll
 SHRINK = 0.7
 # Of the weights in the average: that of step t is proportional to about t^3.
 AVERAGING_POWER = 3
-CHECKS = 20  # how often, at most, the average is held against the allowed drop
+CHECKS = 20  # how often the average is held against the allowed drop
+# What a normalisation has counted of its inputs, and descent is no business of.
+STATISTICS = ("mean", "var")
 HELD_OUT_SHARE = 5  # one example of so many is held out, if nothing else is
 
 
@@ -78,10 +81,12 @@ def patch(
     Args:
       apply: (params, x [n, ...]) -> logits [n, k].
       params: any pytree: nested dicts of Flax or Haiku, an Equinox module, a Flax NNX state. Its
-        floating-point arrays are patched, everything else stays as it is.
+        floating-point arrays are patched, but not those in the collection ``batch_stats`` or called
+        ``mean`` or ``var``, which a normalisation counts; everything else stays as it is.
       x: clean examples [n, ...] in the threat model's bounds; a few hundred will do.
       y: their labels [n].
-      threat_model: what the model is to withstand; used for the accuracies alone.
+      threat_model: what the model is to withstand, with one epsilon: the meta-optimizer is told
+        it, and the accuracies are measured in it.
       key: for the split, the batches and the attack of the accuracies.
       meta_optimizer: a name of `list_pretrained`, a .safetensors file, or any optax optimizer.
       steps: inner steps; by default the longest episode of the meta-optimizer's training.
@@ -95,8 +100,8 @@ def patch(
 
     Raises:
       ValueError: labels that do not fit, images out of bounds or NaN, no floating-point parameters,
-        fewer examples than ``batch_size``, steps below 1, a max_clean_drop below 0, or steps
-        missing where the meta-optimizer is an optax optimizer.
+        fewer examples than ``batch_size``, steps below 1, a max_clean_drop below 0, an epsilon an
+        example, or steps missing where the meta-optimizer does not say how long it was trained.
 
     Example:
       >>> digits = advmeta.data.load("digits")
@@ -115,6 +120,11 @@ def patch(
     optimizer, steps, note = _resolve(meta_optimizer, steps, threat_model)
     if max_clean_drop is not None and max_clean_drop < 0:
         raise ValueError(f"max_clean_drop={max_clean_drop} must be at least 0, such as 0.03")
+    if jnp.ndim(threat_model.epsilon):
+        raise ValueError(
+            f"threat_model.epsilon has shape {jnp.shape(threat_model.epsilon)}: a model is patched "
+            "for one epsilon, write a number"
+        )
     check = functools.partial(
         check_attack_inputs, Partial(apply, params), threat_model=threat_model
     )
@@ -128,11 +138,7 @@ def patch(
     task = Task(train, held_out, threat_model, Optimizee(_no_init, apply_trainable),
                 batch_size)  # fmt: skip
     allowed = jnp.inf if max_clean_drop is None else max_clean_drop
-    checks = max(n for n in range(1, CHECKS + 1) if steps % n == 0)
-    kept, taken = _patch(
-        task, trainable, patch_key, allowed, optimizer=optimizer, length=steps // checks,
-        checks=checks,
-    )  # fmt: skip
+    kept, taken = _patch(task, trainable, patch_key, allowed, optimizer=optimizer, steps=steps)
     before, after = (jax.tree.map(float, _accuracy(task, p, attack_key)) for p in (trainable, kept))
     difference = jax.tree.map(jnp.subtract, kept, trainable)
     notes = [note, _outcome(int(taken), steps, max_clean_drop)]
@@ -173,21 +179,22 @@ def with_average(optimizer: optax.GradientTransformation) -> optax.GradientTrans
     return optax.GradientTransformation(init, update)
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer", "length", "checks"))
+@functools.partial(jax.jit, static_argnames=("optimizer", "steps"))
 def _patch(
-    task: Task, params: Params, key: Key, allowed: Array, *, optimizer, length: int, checks: int
+    task: Task, params: Params, key: Key, allowed: Array, *, optimizer, steps: int
 ) -> tuple[Params, Array]:
     """The last average that is finite and lost no more than allowed, and the steps behind it."""
     x, y = task.held_out
 
     def clean_accuracy(params: Params) -> Array:
-        return (task.optimizee.apply(params, x).argmax(axis=-1) == y).mean()
+        return is_right(task.optimizee.apply(params, x), y).mean()
 
     before, averaging = clean_accuracy(params), with_average(optimizer)
+    checks = min(CHECKS, steps)
 
     def piece(carry, _):
         state, kept, taken = carry
-        state, _ = unroll(task, averaging, state, key, steps=length)
+        state, _ = unroll(task, averaging, state, key, steps=steps // checks)
         average = state.opt_state.average
         # A drop of exactly what is allowed is allowed: shares of a count are not exact.
         good = before - clean_accuracy(average) <= allowed + 1e-6
@@ -198,6 +205,8 @@ def _patch(
     start = jax.tree.map(lambda p: SHRINK * p, params)
     zero = jnp.zeros([], jnp.int32)
     state = InnerState(start, averaging.init(start), zero)
+    if rest := steps % checks:
+        state, _ = unroll(task, averaging, state, key, steps=rest)
     (_, kept, taken), _ = jax.lax.scan(piece, (state, params, zero), length=checks)
     return kept, taken
 
@@ -221,6 +230,11 @@ def _resolve(
         optimizer, notes = meta_optimizer, []
     else:
         card = load_card(meta_optimizer)
+        if steps is None and "training" not in card:
+            raise ValueError(
+                f"steps=None, and the card of {str(meta_optimizer)!r} does not say how long its "
+                "trainings were: write steps=200, say"
+            )
         steps = int(card["training"]["horizon"][1]) if steps is None else steps
         aim = aim_at(threat_model, steps)
         notes = outside_of(card, meta_optimizer, aim)
@@ -255,15 +269,20 @@ def _split(examples: Batch, held_out: Batch | None, key: Key) -> tuple[Batch, Ba
 
 
 def _floating_part(apply, params: PyTree) -> tuple[PyTree, Callable]:
-    """The parameters with None for whatever is no floating-point array, and apply for those."""
+    """The parameters with None for whatever is not to be patched, and apply for the others."""
 
-    def keep(leaf):
+    def keep(path, leaf):
+        names = [getattr(part, "key", getattr(part, "name", None)) for part in path]
+        if names[-1:] == ["value"]:  # of the variable that Flax NNX keeps an array in
+            names.pop()
+        if "batch_stats" in names or (names and names[-1] in STATISTICS):
+            return None
         is_floating = isinstance(leaf, jax.typing.ArrayLike) and jnp.issubdtype(
             jnp.result_type(leaf), jnp.floating
         )
         return jnp.asarray(leaf) if is_floating and hasattr(leaf, "shape") else None
 
-    trainable = jax.tree.map(keep, params)
+    trainable = jax.tree_util.tree_map_with_path(keep, params)
     if not jax.tree.leaves(trainable):
         raise ValueError("params hold no floating-point array: there is nothing to patch")
     return trainable, lambda trainable, x: apply(_merge(trainable, params), x)

@@ -14,7 +14,7 @@ from flax import nnx
 
 import advmeta
 from advmeta.optimizees import mlp
-from advmeta.patching import SHRINK, with_average
+from advmeta.patching import CHECKS, SHRINK, with_average
 
 KEY = jax.random.key(0)
 BALL = advmeta.ThreatModel("linf", 0.1)
@@ -111,6 +111,30 @@ def test_what_is_no_floating_point_array_stays_as_it_is():
     assert patched["calls"] is params["calls"] and patched["w"].dtype == jnp.float32
 
 
+def test_what_a_normalisation_counts_stays_as_it_is():
+    def apply(params, x):
+        mean, var = params["batch_stats"]["norm"]["mean"], params["norm"]["var"]
+        return ((x - mean) / jnp.sqrt(var)) @ params["mean"]["w"]
+
+    counted = {"batch_stats": {"norm": {"mean": jnp.ones(4) / 9}}, "norm": {"var": jnp.ones(4)}}
+    params = {**counted, "mean": perfect()}  # a layer may be called so
+    patched, _ = patch(params, apply)
+    assert not np.array_equal(patched.pop("mean")["w"], perfect()["w"])
+    jax.tree.map(np.testing.assert_array_equal, patched, counted)
+
+
+@pytest.mark.parametrize("steps", [1, 19, 41, 61])
+def test_a_number_of_steps_that_pieces_do_not_divide(steps):
+    # What is finite for half of them is kept as it was at the last look before.
+    stays = constant_steps(lambda t: jnp.where(t < steps // 2, 0.01, jnp.nan))
+    _, all_good = patch(meta_optimizer=constant_steps(lambda t: 0.01), steps=steps)
+    assert all_good.steps == all_good.gradient_evaluations == steps
+    _, report = patch(meta_optimizer=stays, steps=steps)
+    pieces = min(CHECKS, steps)
+    last_good = [n for n in range(steps, 0, -(steps // pieces)) if n <= steps // 2]
+    assert report.steps == max(last_good, default=0)
+
+
 def test_a_fifth_is_held_out_where_nothing_else_is():
     order_matters, _ = patch(held_out=None)
     again, _ = patch(held_out=None)
@@ -172,6 +196,7 @@ def test_flax_linen_nnx_haiku_and_plain_dicts_get_the_same_patch():
         ({"steps": None}, "steps=None is for a pretrained meta-optimizer"),
         ({"max_clean_drop": -0.1}, "max_clean_drop=-0.1 must be at least 0"),
         ({"params": {"n": jnp.int32(3)}, "apply": lambda p, x: x[:, :3]}, "nothing to patch"),
+        ({"threat_model": advmeta.ThreatModel("linf", jnp.ones(60))}, "patched for one epsilon"),
         ({"batch_size": 61}, "batch_size=61 must be between 1 and the training set's 60"),
         ({"meta_optimizer": "digits"}, "meta-optimizer 'digits' is unknown"),
         ({"apply": lambda p, x: (x @ p["w"])[0]}, "must give one row of logits an example"),
@@ -189,7 +214,7 @@ def test_a_use_that_training_did_not_cover_is_noted():
         _, report = patch(meta_optimizer="mixture", steps=301, threat_model=ball)
     balls = "l2 0.25 to 1, linf 0.005 to 0.02, linf 0.025 to 0.1, linf 0.05 to 0.2"
     assert f"mixture was trained for {balls} alone" in report.note
-    assert "mixture was trained for at most 300 steps" in report.note
+    assert "mixture was trained for 100 to 300 steps" in report.note
 
 
 def adam_model(task):
