@@ -100,7 +100,9 @@ def test_an_aim_that_training_did_not_cover_is_warned_of():
         advmeta.Aim(0.1, "linf", 200): None,
         advmeta.Aim(0.3): f"mixture was trained for {balls} alone",
         advmeta.Aim(0.1, "l2"): f"mixture was trained for {balls} alone",
-        advmeta.Aim(horizon=301): "mixture was trained for at most 300 steps",
+        advmeta.Aim(np.float32(0.3)): f"mixture was trained for {balls} alone",
+        advmeta.Aim(horizon=301): "mixture was trained for 100 to 300 steps",
+        advmeta.Aim(horizon=np.int64(99)): "mixture was trained for 100 to 300 steps",
     }
     for aim, message in cases.items():
         with warnings.catch_warnings(record=True) as seen:
@@ -114,7 +116,14 @@ def test_an_aim_that_training_did_not_cover_is_warned_of():
     assert notes(advmeta.Aim(0.05)) == notes(advmeta.Aim(0.2, "l2", 100)) == []
     (note,) = notes(advmeta.Aim(0.21))
     assert note == "mine was trained for l2 0.05 to 0.2, linf 0.05 to 0.2 alone"
-    assert notes(advmeta.Aim(jnp.float32(0.5), "linf", jnp.int32(200))) == []
+    assert len(notes(advmeta.Aim(jnp.float32(0.5), "linf", jnp.int32(200)))) == 2
+
+    @jax.jit
+    def traced(epsilon, horizon):
+        assert notes(advmeta.Aim(epsilon, "linf", horizon)) == []
+        return epsilon
+
+    traced(0.5, 200)
     assert pretrained.outside_of({}, "mine", advmeta.Aim(9.0)) == []
 
 

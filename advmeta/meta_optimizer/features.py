@@ -109,12 +109,16 @@ def aim_features(aim: Aim) -> Array:
     Raises:
       ValueError: another norm.
     """
-    if aim.norm not in TYPICAL_EPSILON:
-        raise ValueError(
-            f"norm={aim.norm!r}: meta-optimizers that see the aim know {list(TYPICAL_EPSILON)}"
-        )
+    check_norm(aim.norm)
     relative = jnp.asarray(aim.epsilon, jnp.float32) / TYPICAL_EPSILON[aim.norm]
     return jnp.stack([jnp.float32(aim.norm == "l2"), jnp.log(relative + 1e-3)])
+
+
+def check_norm(norm: str) -> None:
+    if norm not in TYPICAL_EPSILON:
+        raise ValueError(
+            f"norm={norm!r}: meta-optimizers that see the aim know {list(TYPICAL_EPSILON)}"
+        )
 
 
 def reach_features(reach: Array) -> Array:

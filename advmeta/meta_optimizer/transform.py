@@ -10,7 +10,7 @@ from jax.tree_util import tree_leaves_with_path
 from jax.typing import ArrayLike
 from optax._src.base import NO_PARAMS_MSG  # optax's own words; not exported
 
-from advmeta.meta_optimizer import fused, inputs, rule
+from advmeta.meta_optimizer import features, fused, inputs, rule
 from advmeta.meta_optimizer.features import Aim
 from advmeta.meta_optimizer.layers import layer_positions
 from advmeta.meta_optimizer.lstm import LSTM, Linear, Memory, flatten
@@ -40,7 +40,9 @@ def scale_by_meta_optimizer(
     *,
     kernel: Literal["xla", "pallas"] = "xla",
 ) -> optax.GradientTransformationExtraArgs:
-    """The update that a coordinate-wise LSTM makes of a gradient; it needs no learning rate.
+    """The update that a coordinate-wise LSTM makes of a gradient.
+
+    It descends: no learning rate and no `optax.scale` by -1 follow it.
 
     ``a, c, b = LSTM_phi(features(g, theta)) + 6 (V_phi s, 0)``  for each coordinate, with s what
     rows and tensors share, and
@@ -65,6 +67,9 @@ def scale_by_meta_optimizer(
     rank 1 and 0, are not pulled. In a model with scales mu and nu are a tenth of the config's, and
     r is 1.
 
+    It takes what it is given for the whole model: layers that a mask hides from it (`optax.masked`)
+    are not in the Jacobian. To freeze some, mask what comes out.
+
     Args:
       meta_params: phi, from `init_meta_params`, `meta_train` or a file. To train them, build the
         transformation inside the function that is differentiated.
@@ -79,8 +84,8 @@ def scale_by_meta_optimizer(
       An optax transformation. Its ``update`` takes ``params`` where the features look at them.
 
     Raises:
-      ValueError: shapes of ``meta_params`` that do not fit ``config``, another kernel, or, from
-        ``update``, no ``params`` where they are needed.
+      ValueError: shapes of ``meta_params`` that do not fit ``config``, a norm that it does not
+        know, another kernel, or, from ``update``, no ``params`` where they are needed.
 
     Example:
       >>> config = MetaOptimizerConfig()
@@ -99,6 +104,8 @@ def scale_by_meta_optimizer(
       et al. 2015 (arXiv:1412.6572).
     """
     check_meta_params(meta_params, config)
+    if "aim" in config.features:
+        features.check_norm(aim.norm)
     if kernel not in ("xla", "pallas"):
         raise ValueError(f"kernel={kernel!r} is unknown: write 'xla' or 'pallas'")
     lstm, linear = _networks(config)

@@ -5,7 +5,9 @@ import pathlib
 import warnings
 from typing import Any
 
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from advmeta.imports import import_function, is_import_name
 from advmeta.meta_optimizer.features import Aim
@@ -85,11 +87,12 @@ def outside_of(card: dict[str, Any], name: object, aim: Aim) -> list[str]:
     """
     if "training" not in card:
         return []
-    notes, longest = [], card["training"]["horizon"][1]
-    if isinstance(aim.epsilon, (int, float)):
+    notes, (shortest, longest) = [], card["training"]["horizon"]
+    if not isinstance(aim.epsilon, Tracer):
+        epsilon = np.asarray(aim.epsilon)
         balls = [_radii(task) for task in card["training"]["tasks"]]
         if not any(
-            norm == aim.norm and 0.999 * low <= aim.epsilon <= 1.001 * high
+            norm == aim.norm and (0.999 * low <= epsilon).all() and (epsilon <= 1.001 * high).all()
             for norm, low, high in balls
         ):
             known = ", ".join(
@@ -97,8 +100,10 @@ def outside_of(card: dict[str, Any], name: object, aim: Aim) -> list[str]:
                 for norm, low, high in sorted(set(balls))
             )
             notes.append(f"{name} was trained for {known} alone")
-    if isinstance(aim.horizon, int) and aim.horizon > longest:
-        notes.append(f"{name} was trained for at most {longest} steps")
+    if aim.horizon is None or isinstance(aim.horizon, Tracer):
+        return notes
+    if not shortest <= np.asarray(aim.horizon) <= longest:
+        notes.append(f"{name} was trained for {shortest} to {longest} steps")
     return notes
 
 
