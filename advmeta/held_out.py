@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from advmeta.attacks.losses import margin
+from advmeta.attacks.losses import is_right, margin
 from advmeta.attacks.projected_gradient import Loss, cross_entropy, pgd
 from advmeta.inner_gradients import attacked
 from advmeta.notebook import html_table
@@ -41,8 +41,8 @@ def calibrated(logits: Array, labels: Array) -> Array:
 
 
 def error(logits: Array, labels: Array) -> Array:
-    """1 where the label has not the largest logit, else 0. [n]; it has no gradient."""
-    return jnp.float32(logits.argmax(axis=-1) != labels)
+    """0 where the label has the largest logit, else 1. [n]; it has no gradient."""
+    return jnp.float32(~is_right(logits, labels))
 
 
 # (logits [n, k], labels [n]) -> [n]
@@ -107,7 +107,7 @@ def held_out_accuracy(
     """
     logits_fn = Partial(task.optimizee.apply, params)
     x, y = task.held_out
-    correct = logits_fn(x).argmax(axis=-1) == y
+    correct = is_right(logits_fn(x), y)
     result = pgd(
         logits_fn, x, y, threat_model=task.threat_model, key=key,
         steps=attack_steps, restarts=restarts, loss=loss,

@@ -174,6 +174,14 @@ def test_what_leaves_the_ball_or_is_not_a_number_does_not_count():
     assert "left the threat model" in result.note
 
 
+def test_logits_that_are_nan_count_as_wrong_and_are_noted():
+    x, y = np.zeros((5, 2), np.float32), np.array([0, 0, 0, 1, 1])
+    broken = {"threat_model": advmeta.ThreatModel("linf", 0.1), "key": jax.random.key(0)}
+    result = advmeta.autoattack(lambda x: x + jnp.nan, x, y, **broken)
+    assert (result.clean_accuracy, result.robust_accuracy) == (0, 0)
+    assert "the logits of 5 of 5 examples are NaN" in result.note
+
+
 def test_batches_are_padded_to_eight_sizes_at_most():
     for batch_size in (1, 7, 8, 32, 100, 256):
         sizes = {bucket_size(n, batch_size) for n in range(1, batch_size + 1)}

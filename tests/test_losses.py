@@ -26,6 +26,13 @@ def test_targeted_losses_are_what_they_are_by_hand():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_no_label_is_right_where_a_logit_is_nan():
+    # An argmax takes NaN for the largest: labels 0 and 1 would be right.
+    logits = jnp.array([[2.0, 1.0], [1.0, 2.0], [jnp.nan, jnp.nan], [0.0, jnp.nan], [jnp.inf, 0]])
+    found = losses.is_right(logits, jnp.array([0, 0, 0, 1, 0]))
+    assert found.tolist() == [True, False, False, False, True]
+
+
 def test_dlr_does_not_see_shift_and_scale():
     target = jnp.array([1, 0])
     other = 7.0 * LOGITS + 3.0

@@ -22,6 +22,15 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 _TINY = 1e-12
 
 
+def is_right(logits: Array, labels: Array) -> Array:
+    """Whether the label has the largest logit, bool [n]; never where a logit is NaN.
+
+    An argmax takes NaN for the largest: a model that has diverged would be right about all examples
+    of a class.
+    """
+    return (logits.argmax(axis=-1) == labels) & ~jnp.isnan(logits).any(axis=-1)
+
+
 def margin(logits: Array, y: Array) -> Array:
     """``max_{i != y} z_i - z_y``: positive exactly where the example is misclassified, [n].
 

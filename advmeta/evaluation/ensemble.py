@@ -13,6 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from advmeta.attacks import ThreatModel, average_logits
+from advmeta.attacks.losses import is_right
 from advmeta.attacks.validation import Note, as_partial, check_attack_inputs
 from advmeta.evaluation import ledger as books
 from advmeta.evaluation.accounting import Passes, contributions, count_passes
@@ -132,10 +133,15 @@ def autoattack(
     identity = books.fingerprint(x, y, logits, threat_model, radii, key, attacks)
     diary = Diary(None if state_path is None else Path(state_path), identity)
     order = np.argsort([r.max() for r in radii], kind="stable")
-    radii, is_correct = [radii[i] for i in order], logits.argmax(1) == y
+    radii, is_correct = (
+        [radii[i] for i in order],
+        np.asarray(is_right(jnp.asarray(logits), jnp.asarray(y))),
+    )
     states, seconds, notes = evaluate(task, radii, diary, is_correct, progress)
     evaluations = count_passes(states, radii, is_correct, attacks, logits.shape[1])
     states = [states[i] for i in np.argsort(order)]
+    if lost := np.isnan(logits).any(axis=1).sum():
+        notes.append(f"the logits of {lost} of {len(x)} examples are NaN: they count as wrong")
     note = Note("; ".join(dict.fromkeys(filter(None, [note, *notes]))))
     clean_accuracy = float(is_correct.mean())
     return _result(states, attacks, epsilons, clean_accuracy, seconds, evaluations, note)

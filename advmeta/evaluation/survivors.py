@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from advmeta.attacks.losses import is_right
 from advmeta.attacks.threat_model import ThreatModel
 from advmeta.evaluation import ledger
 from advmeta.evaluation.ledger import State
@@ -126,7 +127,7 @@ def _judge(classify: Partial, ball: ThreatModel, x: Array, y: Array, x_adv: Arra
     is_near = distance <= jnp.asarray(ball.epsilon) * (1 + 1e-4) + 1e-6
     axes = tuple(range(1, x.ndim))
     in_bounds = ((x_adv >= ball.bounds[0]) & (x_adv <= ball.bounds[1])).all(axis=axes)
-    is_fooled = classify(x_adv).argmax(axis=-1) != y
+    is_fooled = ~is_right(classify(x_adv), y)
     # NaN fails both comparisons.
     return is_fooled & is_near & in_bounds, distance, is_fooled & ~(is_near & in_bounds)
 
