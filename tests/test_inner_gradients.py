@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from fixtures.tiny import compile_fast as compile_fast
 from fixtures.tiny import random_like, tiny_task
@@ -71,6 +72,11 @@ def test_replayed_examples_take_the_place_of_the_clean_ones():
     task = tiny_task(TASK.optimizee, replay=moved)
     batch = draw(task.train._replace(x=moved), KEY, task.batch_size)
     close(jax.jit(replayed)(task, PARAMS, KEY), softmax_regression(*batch))
+
+
+def test_a_name_is_not_yet_a_function():
+    with pytest.raises(ValueError, match=r"is a name: write .*by_name\('clean'\)"):
+        advmeta.train(TASK, optax.sgd(0.1), KEY, steps=1, inner_gradient="clean")
 
 
 def test_without_noise_it_is_the_clean_gradient():

@@ -34,6 +34,11 @@ InnerGradient = Callable[[Task, Params, Key], tuple[Array, Params]] | StatefulGr
 
 def stateful(inner_gradient: InnerGradient) -> StatefulGradient:
     """Any inner gradient as one that remembers; what a plain function remembers is ``()``."""
+    if isinstance(inner_gradient, str):
+        raise ValueError(
+            f"inner_gradient={inner_gradient!r} is a name: write "
+            f"advmeta.inner_gradients.by_name({inner_gradient!r})"
+        )
     if isinstance(inner_gradient, StatefulGradient):
         return inner_gradient
 
