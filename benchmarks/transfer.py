@@ -66,12 +66,12 @@ SUMMARY = (
     ("best with decay or noise tuned", 1, "adam", ("clean", "noisy"), ("clean", "s")),
     ("the rule before meta-training, clean", 1, NOMINAL, ("clean",), None),
     ("the same, noisy", 1, NOMINAL, ("noisy",), None),
-    ("**meta-optimizer, clean**", 1, META_OPTIMIZER, ("clean",), ("meta", "d")),
-    ("**meta-optimizer, noisy**", 1, META_OPTIMIZER, ("noisy",), ("meta", "D")),
-    ("VAT, tuned", 3, "adam", ("vat",), None),
+    ("**`mixture`, clean**", 1, META_OPTIMIZER, ("clean",), ("meta", "d")),
+    ("**`mixture`, noisy**", 1, META_OPTIMIZER, ("noisy",), ("meta", "D")),
+    ("VAT, tuned", 3, "adam", ("vat",), ("muted", "^")),
     ("FGSM-RS training, tuned", 2, "adam", ("fgsm-rs",), None),
     ("adversarial training, tuned", 8, "adam", ("adversarial",), ("adversarial", "^")),
-    ("**meta-optimizer, FGSM-RS**", 2, META_OPTIMIZER, ("fgsm-rs",), ("noisy", "D")),
+    ("**`mixture-adversarial`, FGSM-RS**", 2, META_OPTIMIZER, ("fgsm-rs",), ("noisy", "D")),
 )
 
 
@@ -81,24 +81,35 @@ def values(records: list[dict], optimizer: str, inner_gradient: str, name: str) 
     return [r[name] for r in records if (r["optimizer"], r["inner_gradient"]) == row]
 
 
-def best(records: list[dict], setting: str, optimizer: str, inner_gradients) -> list[float] | None:
-    """Robust accuracy, one a seed, of the best of these rows in a column; None: none is there."""
+def best(
+    records: list[dict], setting: str, optimizer: str, inner_gradients
+) -> tuple[list[float], list[float]] | None:
+    """Robust and clean accuracy, one a seed, of the most robust of these rows in a column."""
     here = [r for r in records if r["setting"] == setting]
-    found = [values(here, optimizer, name, "robust_accuracy") for name in inner_gradients]
-    return max(filter(None, found), key=np.mean, default=None)
+    found = [
+        (values(here, optimizer, name, "robust_accuracy"),
+         values(here, optimizer, name, "clean_accuracy"))
+        for name in inner_gradients
+    ]  # fmt: skip
+    found = [row for row in found if row[0]]
+    return max(found, key=lambda row: np.mean(row[0]), default=None)
 
 
 def summary(records: list[dict]) -> str:
-    """The README's table: robust accuracy, mean and sample standard deviation over the seeds."""
+    """The README's table: robust and clean accuracy, means over the seeds."""
     settings = list(dict.fromkeys(r["setting"] for r in records))
     lines = [["", "gradients<br>a step", *(s.replace(", ", ",<br>") for s in settings)]]
     lines.append(["---"] + [":-:"] * (len(settings) + 1))
     for label, gradients, *row, _ in SUMMARY:
         cells = []
         for setting in settings:
-            robust = best(records, setting, *row)
-            text = f"{np.mean(robust):.3f} ± {np.std(robust, ddof=1):.3f}" if robust else "-"
-            cells.append(f"**{text}**" if label.startswith("**") and robust else text)
+            row_here = best(records, setting, *row)
+            if row_here is None:
+                cells.append("-")
+                continue
+            robust, clean = map(np.mean, row_here)
+            bold = "**" if label.startswith("**") else ""
+            cells.append(f"{bold}{robust:.3f}{bold}<br>({clean:.3f})")
         lines.append([label, str(gradients), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -110,13 +121,14 @@ def plot(records: list[dict], path: pathlib.Path) -> None:
     with plt.rc_context(RC):
         figure, ax = plt.subplots(figsize=(8.6, 3.6))
         for place, (label, _, *row, (color, marker)) in enumerate(shown):
+            plain = label.replace("*", "").replace("`", "")
             found = {at: best(records, setting, *row) for at, setting in enumerate(settings)}
-            found = {at: robust for at, robust in found.items() if robust}
+            found = {at: row_here[0] for at, row_here in found.items() if row_here}
             ax.errorbar(
                 [at + 0.1 * (place - (len(shown) - 1) / 2) for at in found],
                 [np.mean(robust) for robust in found.values()],
                 [np.std(robust, ddof=1) for robust in found.values()],
-                fmt=marker, ms=5, color=COLORS[color][0], elinewidth=1, label=label.strip("*"),
+                fmt=marker, ms=5, color=COLORS[color][0], elinewidth=1, label=plain,
             )  # fmt: skip
         ax.set_xticks(range(len(settings)), [s.replace(", ", ",\n") for s in settings])
         ax.set(ylabel="robust accuracy, AutoAttack", ylim=(0, None))
