@@ -90,13 +90,13 @@ def _leaf(path: tuple, shape: tuple[int, ...]) -> _Leaf:
 
 def _natural_order(paths: list[tuple]) -> list[tuple]:
     """What sorts layer_10 after layer_2, and attributes as they come; a key for each path."""
+    first: dict[tuple, int] = {}  # of the paths that begin so
     keys = []
-    for path in paths:
+    for i, path in enumerate(paths):
         key: list[Any] = []
         for depth, name in enumerate(path):
             if isinstance(name, GetAttrKey):
-                above = path[: depth + 1]
-                key.append((next(i for i, p in enumerate(paths) if p[: depth + 1] == above), ""))
+                key.append((first.setdefault(path[: depth + 1], i), ""))
             else:
                 words = re.split(r"(\d+)", jax.tree_util.keystr((name,)))
                 key.extend((int(w), "") if w.isdigit() else (-1, w) for w in words)
@@ -106,32 +106,26 @@ def _natural_order(paths: list[tuple]) -> list[tuple]:
 
 def _layers(leaves: list[_Leaf], order: list[tuple]) -> list[tuple]:
     """The layer of each leaf, as something to sort by."""
-    parents = [leaf.path[:-1] for leaf in leaves]
-    of_parents = _natural_order(parents)
-    layers = list(of_parents)
-    for parent in set(parents):
-        of_rank = {
-            bias: sorted(
-                (i for i, p in enumerate(parents) if p == parent and leaves[i].bias == bias),
-                key=order.__getitem__,
-            )
-            for bias in (False, True)
-        }
-        kernels, biases = of_rank[False], of_rank[True]
+    layers = _natural_order([leaf.path[:-1] for leaf in leaves])
+    beside: dict[tuple, list[int]] = {}
+    for i in sorted(range(len(leaves)), key=order.__getitem__):
+        beside.setdefault(layers[i], []).append(i)
+    for members in beside.values():
+        kernels = [i for i in members if not leaves[i].bias]
+        biases = [i for i in members if leaves[i].bias]
         if len(kernels) > 1:
-            for n, i in enumerate(kernels):
+            for i in kernels:
                 layers[i] = order[i]
-                if len(biases) == len(kernels):
-                    layers[biases[n]] = order[i]
+            if len(biases) == len(kernels):
+                for bias, kernel in zip(biases, kernels, strict=True):
+                    layers[bias] = order[kernel]
     return layers
 
 
 def _chain(kernels: list[_Leaf]) -> list[int]:
     """The depth of each layer: as they are, unless only in another order each can follow."""
-    count = len(kernels)
-    by_name = list(range(count))
-    follows = [[_follows(a, b) for b in kernels] for a in kernels]
-    if count > MOST_LAYERS or all(follows[i][i + 1] for i in range(count - 1)):
+    by_name = list(range(len(kernels)))
+    if len(kernels) > MOST_LAYERS or all(map(_follows, kernels, kernels[1:])):
         return by_name
 
     @functools.cache
@@ -140,7 +134,8 @@ def _chain(kernels: list[_Leaf]) -> list[int]:
         if not left:
             return ()
         for i in sorted(left):
-            if follows[last][i] and (found := rest(i, left - {i})) is not None:
+            fits = _follows(kernels[last], kernels[i])
+            if fits and (found := rest(i, left - {i})) is not None:
                 return i, *found
         return None
 
