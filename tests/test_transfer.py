@@ -94,9 +94,13 @@ def tiny_table():
         name: baseline._replace(grid=baselines.grid((1e-3, 3e-2), (0.0,), (0.0, 1.0), (1.0,)))
         for name, baseline in baselines.BASELINES.items()
     }
+    # Adam and SGD are tuned by one program; their grids may be of any size.
+    small["sgd"] = small["sgd"]._replace(
+        grid=baselines.grid((1e-3, 0.3, 1e-4), (0.0,), (0.0,), (1.0,))
+    )
     config = transfer.TransferConfig(
         cells=(transfer.Cell("same architecture", "digits", "linear", 0.05),),
-        rows=("adam-no-decay", "adam-noisy", "adversarial", "free"),
+        rows=("adam-no-decay", "adam-noisy", "sgd", "adversarial", "free"),
         inner_steps=20, batch_size=32, seeds=2, tuning_seeds=1, attack_steps=5, restarts=1,
         attack="autoattack",
     )  # fmt: skip
@@ -148,6 +152,8 @@ def test_tuning_finds_the_learning_rate_that_learns(tiny_table):
     _, records, *_ = tiny_table
     plain = [r for r in records if r["optimizer"] == "adam, no decay"]
     assert all(np.isclose(r["hyperparameters"]["learning_rate"], 3e-2) for r in plain)
+    sgd = [r for r in records if r["optimizer"] == "sgd"]
+    assert all(np.isclose(r["hyperparameters"]["learning_rate"], 0.3) for r in sgd)
     # The optimizer in the place of the meta-optimizer is that same one, on other batches.
     ours = [r["robust_accuracy"] for r in records if r["optimizer"] == "meta-optimizer"]
     tuned = [r["robust_accuracy"] for r in plain]

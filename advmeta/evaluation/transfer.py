@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from advmeta import data, optimizees
@@ -249,7 +250,7 @@ def score_grids(
 ) -> dict[str, Array]:
     """Robust validation accuracy of every point of some baselines' grids, [g] each.
 
-    The baselines have the same recipe, repeats and size of grid.
+    The baselines have the same recipe and repeats.
     """
     baselines = [BASELINES[name] for name in names]
 
@@ -264,11 +265,12 @@ def score_grids(
     keys = jax.random.split(key, config.tuning_seeds * baselines[0].repeats)
     grids = [baseline.grid for baseline in baselines]
     points = jax.tree.map(lambda *axes: jnp.concatenate(axes), *grids)
-    choices = Choice(jnp.repeat(jnp.arange(len(names)), len(grids[0].noise)), points)
+    sizes = [len(grid.noise) for grid in grids]
+    choices = Choice(jnp.array(np.repeat(np.arange(len(names)), sizes)), points)
     # Seeds are the inner axis: what they draw is drawn once for all points.
     over_seeds = jax.vmap(run, in_axes=(None, 0))
     scores = jax.vmap(over_seeds, in_axes=(0, None))(choices, keys).mean(axis=-1)
-    return dict(zip(names, jnp.split(scores, len(names)), strict=True))
+    return dict(zip(names, jnp.split(scores, np.cumsum(sizes)[:-1]), strict=True))
 
 
 def compile_trainings(
