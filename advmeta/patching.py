@@ -17,6 +17,7 @@ from advmeta.attacks.threat_model import ThreatModel
 from advmeta.attacks.validation import check_attack_inputs
 from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.imports import is_import_name
+from advmeta.meta_optimizer.layers import unboxed
 from advmeta.meta_optimizer.pretrained import load_card, load_meta_optimizer, outside_of
 from advmeta.notebook import html_table
 from advmeta.tasks import Task, aim_at, take
@@ -272,9 +273,7 @@ def _floating_part(apply, params: PyTree) -> tuple[PyTree, Callable]:
     """The parameters with None for whatever is not to be patched, and apply for the others."""
 
     def keep(path, leaf):
-        names = [getattr(part, "key", getattr(part, "name", None)) for part in path]
-        if names[-1:] == ["value"]:  # of the variable that Flax NNX keeps an array in
-            names.pop()
+        names = [getattr(part, "key", getattr(part, "name", None)) for part in unboxed(path)]
         if "batch_stats" in names or (names and names[-1] in STATISTICS):
             return None
         is_floating = isinstance(leaf, jax.typing.ArrayLike) and jnp.issubdtype(

@@ -133,10 +133,8 @@ def autoattack(
     identity = books.fingerprint(x, y, logits, threat_model, radii, key, attacks)
     diary = Diary(None if state_path is None else Path(state_path), identity)
     order = np.argsort([r.max() for r in radii], kind="stable")
-    radii, is_correct = (
-        [radii[i] for i in order],
-        np.asarray(is_right(jnp.asarray(logits), jnp.asarray(y))),
-    )
+    radii = [radii[i] for i in order]
+    is_correct = np.asarray(is_right(jnp.asarray(logits), jnp.asarray(y)))
     states, seconds, notes = evaluate(task, radii, diary, is_correct, progress)
     evaluations = count_passes(states, radii, is_correct, attacks, logits.shape[1])
     states = [states[i] for i in np.argsort(order)]

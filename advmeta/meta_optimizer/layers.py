@@ -80,12 +80,16 @@ def layer_positions(params: Params) -> list[LayerPosition]:
 
 
 def _leaf(path: tuple, shape: tuple[int, ...]) -> _Leaf:
-    if path and path[-1] == GetAttrKey("value"):  # of the variable that Flax NNX keeps an array in
-        path = path[:-1]
+    path = unboxed(path)
     name = path[-1:]  # empty for a tree that is one array
     bias = len(shape) < 2 or name in ((GetAttrKey("bias"),), (DictKey("bias"),))
     outputs = 0 if bias or name == (GetAttrKey("weight"),) else len(shape) - 1
     return _Leaf(path, shape, bias, outputs)
+
+
+def unboxed(path: tuple) -> tuple:
+    """The path without the ``.value`` of the variable that Flax NNX keeps an array in."""
+    return path[:-1] if path[-1:] == (GetAttrKey("value"),) else path
 
 
 def _natural_order(paths: list[tuple]) -> list[tuple]:
