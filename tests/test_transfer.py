@@ -117,6 +117,26 @@ def tiny_table():
 
 
 @pytest.mark.slow
+def test_chunks_of_a_grid_score_as_the_whole(monkeypatch):
+    small = baselines.BASELINES["adam"]._replace(
+        grid=baselines.grid((1e-4, 3e-3, 1e-1), (0.0,), (0.0, 1.0), (1.0,))
+    )
+    monkeypatch.setattr(transfer, "BASELINES", {"adam": small})
+    cell = transfer.Cell("few", "digits", "linear", 0.05, train_examples=200)
+    config = transfer.TransferConfig(inner_steps=20, batch_size=32, tuning_seeds=2)
+    task, _ = transfer.make_tasks(config, cell)
+
+    def score(at_once):
+        monkeypatch.setattr(transfer, "MODELS_AT_ONCE", at_once)
+        transfer.score_grids.clear_cache()
+        return transfer.score_grids(config, ("adam",), task, jax.random.key(0))["adam"]
+
+    whole, chunks = score(12), score(7)  # of six points, and of three
+    np.testing.assert_allclose(chunks, whole, atol=0.03)  # one of 40 examples, rounding apart
+    assert np.abs(whole - whole[::-1]).max() > 0.1, whole  # so that a lost order would show
+
+
+@pytest.mark.slow
 def test_table_has_a_record_for_every_row_and_seed(tiny_table):
     config, records, curves, messages, _ = tiny_table
     rows = {(r["optimizer"], r["inner_gradient"]) for r in records}
