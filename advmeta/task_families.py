@@ -34,7 +34,7 @@ class Variation:
     epsilon: float = 1.0
     train_examples: float = 1.0
     initial_scale: float = 1.0
-    noise: tuple[float, ...] = (2.0,)
+    noise: tuple[float, ...] = (0.5,)
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "train_examples", "initial_scale"):

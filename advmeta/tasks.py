@@ -28,8 +28,8 @@ class Task:
       batch_size: examples an inner step.
       replay: train.x attacked once, for another model, or None; see `inner_gradients.replayed`.
       initial_scale: what the kernels of fresh parameters are multiplied with.
-      noise: standard deviation of what `inner_gradients.noisy` adds, in units of the threat model's
-        epsilon for one value.
+      noise: standard deviation of what `inner_gradients.noisy` adds to each value, in units of the
+        largest l2 norm that the threat model allows.
 
     Raises:
       ValueError: the batch is larger than the training set, or what is in train or held_out is no
@@ -43,7 +43,7 @@ class Task:
     batch_size: int = dataclasses.field(default=128, metadata=_STATIC)
     replay: Array | None = None
     initial_scale: float | Array = 1.0
-    noise: float | Array = 2.0
+    noise: float | Array = 0.5
 
     def __post_init__(self) -> None:
         if not is_placeholder(self.train):

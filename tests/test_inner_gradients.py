@@ -88,11 +88,12 @@ def test_without_noise_it_is_the_clean_gradient():
     assert jnp.abs(moved).max() > 0.01
 
 
-def test_noise_is_as_long_as_the_threat_model_allows_and_not_clipped():
+@pytest.mark.parametrize(("norm", "epsilon"), [("l2", 0.4), ("linf", 0.2)])
+def test_noise_is_half_of_what_the_threat_model_allows_in_l2_and_not_clipped(norm, epsilon):
     # Examples of d = 4 zeros, the lower bound, and a model that gives its input: of logits z the
-    # gradient in the bias b = 0 is softmax(z) - e_y, which tells z. In l2 each value's deviation is
-    # 2 * 0.5 / sqrt(4) = 0.5; clipped it would be 0.29.
-    ball = advmeta.ThreatModel("l2", 0.5, (0.0, 1.0))
+    # gradient in the bias b = 0 is softmax(z) - e_y, which tells z. Each value's deviation is half
+    # of 0.4, which is 0.2 sqrt(4); clipped it would be 0.12.
+    ball = advmeta.ThreatModel(norm, epsilon, (0.0, 1.0))
     model = advmeta.Optimizee(lambda key, shape: jnp.zeros(4), lambda b, x: x.reshape(-1, 4) + b)
     zeros = Batch(jnp.zeros((512, 2, 2, 1)), jnp.zeros(512, jnp.int32))
     task = advmeta.Task(zeros, zeros, ball, model, batch_size=1)
@@ -103,8 +104,8 @@ def test_noise_is_as_long_as_the_threat_model_allows_and_not_clipped():
         return log - log.mean()
 
     found = jax.jit(jax.vmap(centred))(jax.random.split(KEY, 2000))
-    # Taking the mean of 4 away leaves 3/4 of the variance; 6,000 degrees of freedom: 1 % of 0.433.
-    assert float(found.std()) == pytest.approx(0.5 * 0.75**0.5, rel=0.04)
+    # Taking the mean of 4 away leaves 3/4 of the variance; 6,000 degrees of freedom: 1 % of 0.173.
+    assert float(found.std()) == pytest.approx(0.2 * 0.75**0.5, rel=0.04)
 
 
 def test_replay_must_be_there():

@@ -99,7 +99,7 @@ def test_without_variation_tasks_differ_in_their_examples_alone():
     tasks = sampled(3)
     np.testing.assert_array_equal(tasks.threat_model.epsilon, np.float32([0.1] * 3))
     np.testing.assert_array_equal(tasks.initial_scale, [1.0] * 3)
-    np.testing.assert_array_equal(tasks.noise, [2.0] * 3)
+    np.testing.assert_array_equal(tasks.noise, [0.5] * 3)
 
 
 @pytest.mark.parametrize("name", ["epsilon", "initial_scale"])

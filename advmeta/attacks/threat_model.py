@@ -76,9 +76,9 @@ class ThreatModel:
         size = to_reduce(jnp.abs(flat))
         return size.max(axis=1) if self.norm == "linf" else size.sum(axis=1)
 
-    def per_value(self, size: int) -> float | Array:
-        """What each value of an example of that many can change by if all change alike."""
-        return self.epsilon / size ** (1 / ORDERS[self.norm])
+    def l2_radius(self, size: int) -> float | Array:
+        """The largest l2 norm within the ball, of examples with that many values."""
+        return self.epsilon * size**0.5 if self.norm == "linf" else self.epsilon
 
     def widest(self, size: int) -> float:
         """The largest distance within the bounds, of examples with that many values."""

@@ -23,7 +23,7 @@ class Hyperparameters(NamedTuple):
 
     learning_rate: Array
     weight_decay: Array
-    noise: Array  # standard deviation of Gaussian input noise, in units of epsilon
+    noise: Array  # of the Gaussian input noise, see `Task`
     annealed: Array  # 1: the learning rate follows a half cosine to zero; 0: it is constant
 
 
@@ -127,7 +127,7 @@ def make_one_of(
 _ADAM_RATES, _SGD_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (1e-2, 3e-2, 1e-1, 3e-1)
 _L2 = (0.0, 3e-3, 1e-2, 3e-2, 1e-1)
 _DECAY = (0.0, 0.3, 1.0, 3.0, 10.0)
-_NOISE = (0.0, 2.0, 4.0, 8.0)
+_NOISE = (0.0, 0.125, 0.25, 0.5, 1.0)
 
 
 def grid(*axes: tuple[float, ...]) -> Hyperparameters:

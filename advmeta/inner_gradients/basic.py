@@ -101,13 +101,15 @@ def clean(task: Task, params: Params, key: Key) -> tuple[Array, Params]:
 def noisy(task: Task, params: Params, key: Key) -> tuple[Array, Params]:
     """The examples with Gaussian noise.
 
-    Its standard deviation is ``task.noise`` times epsilon for one value: epsilon in linf,
-    ``epsilon / sqrt(d)`` in l2 for an example of d values. What it takes over the bounds stays
+    Its standard deviation is ``task.noise`` times the l2 norm that an adversary's perturbation can
+    have: ``epsilon sqrt(d)`` in linf for an example of d values, epsilon in l2. To first order
+    noise then moves a logit by that share of what the adversary does, however large the images are:
+    one in proportion to ``|J|_2``, the other to its dual norm. What it takes over the bounds stays
     there: clipped noise is brighter in the mean where images are black, which test images are not.
     """
     draw_key, noise_key = jax.random.split(key)
     batch = draw(task.train, draw_key, task.batch_size)
-    sigma = task.noise * task.threat_model.per_value(batch.x[0].size)
+    sigma = task.noise * task.threat_model.l2_radius(batch.x[0].size)
     x = batch.x + sigma * jax.random.normal(noise_key, batch.x.shape, batch.x.dtype)
     batch = batch._replace(x=x)
     return jax.value_and_grad(mean_cross_entropy, argnums=1)(task, params, batch)
