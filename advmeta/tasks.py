@@ -46,7 +46,7 @@ class Task:
     noise: float | Array = 0.5
 
     def __post_init__(self) -> None:
-        if not is_placeholder(self.train):
+        if not is_placeholder(self.train) and not is_placeholder(self.held_out):
             for part in (self.train, self.held_out):
                 check_arrays(*part)
             check_batch_size(self.batch_size, jnp.shape(self.train.y)[-1])
@@ -81,6 +81,17 @@ def check_batch_size(batch_size: int, available: int) -> None:
 
 
 def is_placeholder(batch) -> bool:
-    """Whether it holds something else than data, as tree transformations and in_axes put there."""
+    """Whether it holds something else than data, as tree transformations and in_axes put there.
+
+    Raises:
+      ValueError: it holds arrays, but is not a `Batch`.
+    """
     data_like = (jax.Array, np.ndarray, np.generic, list, tuple, dict, str)
-    return not isinstance(batch, Batch) or not all(isinstance(leaf, data_like) for leaf in batch)
+    if isinstance(batch, Batch):
+        return not all(isinstance(leaf, data_like) for leaf in batch)
+    if isinstance(batch, (tuple, list)) and any(isinstance(leaf, data_like) for leaf in batch):
+        raise ValueError(
+            f"examples are given as a {type(batch).__name__} of {len(batch)}: write "
+            "advmeta.Batch(x, y), images [n, h, w, c] and their labels [n]"
+        )
+    return True

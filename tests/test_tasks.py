@@ -41,6 +41,17 @@ def test_batch_must_fit_the_training_set(batch_size):
         TaskConfig(train_examples=16, batch_size=batch_size)
 
 
+@pytest.mark.parametrize("wrong", [tuple, list])
+def test_examples_must_be_a_batch(wrong):
+    task, family = tiny_task(LINEAR), tiny_family(LINEAR)
+    message = rf"given as a {wrong.__name__} of 2: write advmeta.Batch\(x, y\)"
+    for part in ("train", "held_out"):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(task, **{part: wrong(getattr(task, part))})
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(family, pool=wrong(family.pool))
+
+
 def test_a_task_survives_what_jax_does_to_pytrees():
     task = tiny_task(LINEAR)
     assert jax.tree.structure(jax.tree.map(lambda _: object(), task)) == jax.tree.structure(task)
