@@ -13,7 +13,13 @@ from jax.sharding import Mesh
 from advmeta import inner_gradients
 from advmeta.attacks.validation import check_attack_inputs
 from advmeta.held_out import Accuracy, held_out_accuracy
-from advmeta.meta_optimizer.transform import is_beyond_nominal, scale_by_meta_optimizer
+from advmeta.meta_optimizer.pretrained import weights_path
+from advmeta.meta_optimizer.transform import (
+    check_meta_params,
+    is_beyond_nominal,
+    scale_by_meta_optimizer,
+)
+from advmeta.meta_optimizer.weights import load_weights
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.outer_step import OuterInfo, OuterState, init_outer, outer_steps
 from advmeta.sharding import check_mesh, lay_out, on_every_device
@@ -68,8 +74,9 @@ def meta_train(
       selection tasks.
 
     Raises:
-      ValueError: a configuration that cannot be (see `MetaTrainingConfig`, `TaskFamily`), or a mesh
-        without an axis "data" or with one that does not divide the lanes.
+      ValueError: a configuration that cannot be (see `MetaTrainingConfig`, `TaskFamily`), initial
+        weights that are not there or do not fit it, or a mesh without an axis "data" or with one
+        that does not divide the lanes.
       FloatingPointError: no meta-gradient of the last 50 outer steps, or of the whole run, was
         finite.
 
@@ -119,10 +126,10 @@ def training_states(
     if config.inner_gradient == "replayed":
         families = tuple(with_replay(family, replay_key) for family in families)
         selection = tuple(with_replay(family, replay_key) for family in selection)
-    families, selection, init_key, selection_key = on_every_device(
-        (families, selection, init_key, selection_key), mesh
+    families, selection, init_key, selection_key, initial = on_every_device(
+        (families, selection, init_key, selection_key, _initial(config)), mesh
     )
-    outer = init_outer(config, families, outer_optimizer, init_key, mesh)
+    outer = init_outer(config, families, outer_optimizer, init_key, mesh, initial)
     best = jax.tree.map(jnp.copy, outer.average)
     state = start(TrainingState(outer, best, jnp.float32(-1.0), ()))
     if mesh is not None:  # a state from the host comes to lie as the fresh one does
@@ -143,6 +150,15 @@ def training_states(
         state = state._replace(history=(*state.history, record))
         yield state
         _check_alive(state.history, chunk, min(HOPELESS, config.outer_steps))
+
+
+def _initial(config: MetaTrainingConfig) -> MetaParams | None:
+    """The weights that the config names."""
+    if config.initial is None:
+        return None
+    meta_params, *_ = load_weights(weights_path(config.initial))
+    check_meta_params(meta_params, config.meta_optimizer)
+    return meta_params
 
 
 def _check_fit(family: TaskFamily) -> None:

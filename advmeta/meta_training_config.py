@@ -17,6 +17,8 @@ class MetaTrainingConfig:
       tasks: what is trained on; every outer step takes all of them.
       selection: what the best meta-parameters are chosen on.
       meta_optimizer: what the LSTM sees and how large it is.
+      initial: the weights to begin with, a name or a file that `load_meta_optimizer` knows; None:
+        fresh ones. They keep no constant of their own: the rule's are those of ``meta_optimizer``.
       meta_loss: what is minimised.
       inner_gradient: a name that `advmeta.inner_gradients.by_name` knows.
       outer_steps: updates of the meta-parameters.
@@ -50,6 +52,7 @@ class MetaTrainingConfig:
         TaskConfig(optimizee="mlp-24-16", train_examples=800),
     )
     meta_optimizer: MetaOptimizerConfig = MetaOptimizerConfig()
+    initial: str | None = None
     meta_loss: MetaLossConfig = MetaLossConfig()
     inner_gradient: str = "clean"
     outer_steps: int = 100

@@ -66,10 +66,13 @@ def init_outer(
     outer_optimizer: optax.GradientTransformation,
     key: Key,
     mesh: Mesh | None = None,
+    initial: MetaParams | None = None,
 ) -> OuterState:
     """The state before the first outer step; where it lies decides where the steps are taken."""
     meta_key, lanes_key, outer_key = jax.random.split(key, 3)
-    meta_params = init_meta_params(config.meta_optimizer, meta_key)
+    meta_params = initial or init_meta_params(config.meta_optimizer, meta_key)
+    # What is given would be in the state twice, and such a state cannot be donated.
+    meta_params, average = (jax.tree.map(jnp.copy, meta_params) for _ in range(2))
 
     def staggered_lane(family: TaskFamily, key: Key) -> Lane:
         lane = new_lane(config, family, meta_params, key)
@@ -83,7 +86,7 @@ def init_outer(
     )
     return OuterState(
         meta_params=meta_params,
-        average=meta_params,
+        average=average,
         outer_opt_state=outer_optimizer.init(meta_params),
         lanes=split_over_devices(lanes, mesh),
         key=outer_key,

@@ -2,10 +2,11 @@
 
     python -m benchmarks.parts --settings "digits, MLP" "digits, CNN"
 
-Rows in the columns of `benchmarks.transfer`, with its keys: `mixture` as it is; with its memory in
-bfloat16; with the LSTM's readout zero, so that the linear map alone adds to the nominal rule; and
-both weights with replayed gradients, those of adversarial examples that were made once, for another
-model that plain Adam trained. A row that is there already is not computed again.
+Rows in the columns of `benchmarks.transfer`, with its keys: `mixture` and `mixture-noisy` as they
+are; with their memory in bfloat16; with the LSTM's readout zero, so that the linear map alone adds
+to the nominal rule; and weights with replayed gradients, those of adversarial examples that were
+made once, for another model that plain Adam trained. A row that is there already is not computed
+again.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from rich.table import Table
 
 import advmeta
 from advmeta.evaluation.transfer import TransferConfig, transfer_cells
-from advmeta.meta_optimizer import weights
+from advmeta.meta_optimizer.pretrained import weights_path
 from advmeta.meta_optimizer.rule import MetaOptimizerConfig
 from advmeta.types import MetaParams
 from benchmarks.transfer import CIFAR, PAIRS
@@ -45,9 +46,12 @@ def silent_lstm(phi: MetaParams, config: MetaOptimizerConfig):
 
 
 ROWS: dict[str, tuple[str, Change, tuple[str, ...]]] = {
-    "mixture": ("mixture", as_it_is, ("clean", "noisy", "replayed")),
-    "mixture, memory in bfloat16": ("mixture", short_memory, ("clean", "noisy")),
-    "mixture, linear map alone": ("mixture", silent_lstm, ("clean", "noisy")),
+    "mixture": ("mixture", as_it_is, ("clean", "replayed")),
+    "mixture, memory in bfloat16": ("mixture", short_memory, ("clean",)),
+    "mixture, linear map alone": ("mixture", silent_lstm, ("clean",)),
+    "mixture-noisy": ("mixture-noisy", as_it_is, ("noisy",)),
+    "mixture-noisy, memory in bfloat16": ("mixture-noisy", short_memory, ("noisy",)),
+    "mixture-noisy, linear map alone": ("mixture-noisy", silent_lstm, ("noisy",)),
     "mixture-adversarial": ("mixture-adversarial", as_it_is, ("fgsm-rs", "replayed")),
 }
 
@@ -55,8 +59,7 @@ ROWS: dict[str, tuple[str, Change, tuple[str, ...]]] = {
 def measure(row: str, index: int, seeds: int) -> list[dict]:
     """The records of a row in the column of this index."""
     name, change, inner_gradients = ROWS[row]
-    path = pathlib.Path(weights.__file__).parent / "pretrained" / f"{name}.safetensors"
-    phi, config, _ = advmeta.load_weights(path)
+    phi, config, _ = advmeta.load_weights(weights_path(name))
     phi, config = change(phi, config)
 
     def optimizer(aim: advmeta.Aim) -> optax.GradientTransformation:

@@ -54,7 +54,7 @@ def load_meta_optimizer(
     """
     if is_import_name(str(name_or_path)):
         return import_function(str(name_or_path), "weights")()
-    meta_params, config, card = load_weights(_path(name_or_path))
+    meta_params, config, card = load_weights(weights_path(name_or_path))
     for note in outside_of(card, name_or_path, aim):
         warnings.warn(note, stacklevel=2)
     return scale_by_meta_optimizer(meta_params, config, aim)
@@ -73,7 +73,7 @@ def load_card(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
       >>> load_card("mixture")["training"]["horizon"]
       [100, 300]
     """
-    _, _, card = load_weights(_path(name_or_path))
+    _, _, card = load_weights(weights_path(name_or_path))
     return card
 
 
@@ -113,7 +113,8 @@ def _radii(task: dict[str, Any]) -> tuple[str, float, float]:
     return task["norm"], task["epsilon"] / factor, task["epsilon"] * factor
 
 
-def _path(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
+def weights_path(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
+    """The safetensors file of a name of `list_pretrained`, or the file that is given."""
     if str(name_or_path).endswith(".safetensors"):
         return pathlib.Path(name_or_path)
     if name_or_path in list_pretrained():
