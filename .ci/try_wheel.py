@@ -18,7 +18,7 @@ import optax
 
 import advmeta
 
-PRETRAINED = ["mixture", "mixture-adversarial"]
+PRETRAINED = ["mixture", "mixture-adversarial", "mixture-noisy"]
 # What is no Python file, and is missed only when it is used.
 NEEDED = {
     "advmeta/py.typed",

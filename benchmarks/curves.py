@@ -24,7 +24,7 @@ from advmeta.evaluation.transfer import Cell, TransferConfig, transfer_cells
 from advmeta.report.records import row_of
 from advmeta.report.style import RC, looks
 from advmeta.run_folder import replace_file
-from benchmarks.transfer import ROWS
+from benchmarks.transfer import OURS, ROWS
 
 MODEL = "mlp-20"
 EPSILON = {"digits": 0.1, "fashion_small": 0.05}
@@ -43,17 +43,18 @@ def config(axis: str, dataset: str, value: float, seeds: int) -> TransferConfig:
     examples = int(value) if axis == "examples" else None
     return TransferConfig(
         cells=(Cell(f"{value:g}", dataset, MODEL, epsilon, train_examples=examples),),
-        rows=ROWS, inner_gradients=("clean", "noisy"), seeds=seeds, attack="autoattack",
+        rows=ROWS, seeds=seeds, attack="autoattack",
         inner_steps=int(value) if axis == "steps" else 200,
         batch_size=64 if axis == "examples" else 128,
     )  # fmt: skip
 
 
-def measure(table: TransferConfig, weights: str, adversarial_weights: str, report) -> list[dict]:
-    """Of the table's rows, and of the second weights with FGSM-RS gradients."""
-    adversarial = dataclasses.replace(table, rows=(), inner_gradients=("fgsm-rs",))
+def measure(table: TransferConfig, report) -> list[dict]:
+    """Of the table's rows, and of the weights that are shipped with the gradients they are for."""
     found = []
-    for part, name in ((table, weights), (adversarial, adversarial_weights)):
+    for gradient, name in OURS.items():
+        rows = table.rows if gradient == "clean" else ()
+        part = dataclasses.replace(table, rows=rows, inner_gradients=(gradient,))
         optimizer = functools.partial(advmeta.load_meta_optimizer, name)
         records, _ = next(transfer_cells(part, optimizer, key=jax.random.key(0), report=report))
         found += records
@@ -99,17 +100,12 @@ def plot(axis: str, tables: dict[str, list[dict]], path: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("axis", choices=VALUES)
-    parser.add_argument("--weights", default="mixture")
-    parser.add_argument(
-        "--adversarial-weights", default="mixture-adversarial", help="given FGSM-RS gradients"
-    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--values", nargs="+", type=float, help="instead of all of `VALUES`")
     parser.add_argument("--rows", nargs="*", default=ROWS, help="of the rivals")
     parser.add_argument("--datasets", nargs="+", default=list(EPSILON), choices=EPSILON)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/curves"))
     arguments = parser.parse_args()
-    weights = arguments.weights, arguments.adversarial_weights
     folder, tables, console = arguments.output / arguments.axis, {}, Console()
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in arguments.datasets:
@@ -120,7 +116,7 @@ def main() -> None:
             if f"{value:g}" not in done:
                 table = config(arguments.axis, dataset, value, arguments.seeds)
                 table = dataclasses.replace(table, rows=tuple(arguments.rows))
-                records += measure(table, *weights, console.print)
+                records += measure(table, console.print)
                 lines = "".join(json.dumps(record) + "\n" for record in records)
                 replace_file(file, lines.encode())
         tables[dataset] = records

@@ -2,10 +2,11 @@
 
     python -m benchmarks.dial --settings "digits, wider" "digits, tanh"
 
-In columns of `benchmarks.transfer`, with its keys: `mixture` is told so many times the epsilon
-that its models are then attacked with, under PGD on the margin, 40 steps and 3 restarts. Beside its
-curve stand the rivals of that table, from the table's records. A column that is there already is
-not computed again.
+In columns of `benchmarks.transfer`, with its keys: `mixture` with clean gradients and
+`mixture-noisy` with noisy ones are told so many times the epsilon that their models are then
+attacked with, under PGD on the margin, 40 steps and 3 restarts. Beside their curves stand the
+rivals of that table, from the table's records. A column that is there already is not
+computed again.
 """
 
 import argparse
@@ -26,9 +27,10 @@ from advmeta.tasks import Task, aim_at
 from advmeta.types import Array, Key, Params
 from advmeta.unroll import train
 from benchmarks import timing
-from benchmarks.transfer import CIFAR, PAIRS, mean
+from benchmarks.transfer import CIFAR, OURS, PAIRS, mean
 
 TOLD = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)  # times the epsilon of the attack
+CURVES = {"clean": ("meta", "d"), "noisy": ("meta", "D")}  # gradients: colour and marker
 RIVALS = (  # of the table's rows: optimizer, inner gradient, colour, marker, label
     ("adam, no decay", "clean", "muted", "o", "Adam, rate tuned"),
     ("adam", "clean", "clean", "s", "Adam, L2 tuned"),
@@ -39,9 +41,10 @@ RIVALS = (  # of the table's rows: optimizer, inner gradient, colour, marker, la
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def trained(table: TransferConfig, recipe: str, task: Task, told: Array, keys: Key) -> Params:
-    """Models that `mixture` trained, told so many times the task's epsilon; stacked, [seeds]."""
+    """Models of the weights for a recipe, told so many times the task's epsilon, [seeds, ...]."""
     aim = aim_at(task.threat_model, table.inner_steps)
-    optimizer = advmeta.load_meta_optimizer("mixture", aim._replace(epsilon=told * aim.epsilon))
+    aim = aim._replace(epsilon=told * aim.epsilon)
+    optimizer = advmeta.load_meta_optimizer(OURS[recipe], aim)
 
     def run(key: Key) -> Params:
         gradient = RECIPES[recipe].inner_gradient
@@ -71,12 +74,14 @@ def measure(table: TransferConfig, index: int, recipe: str) -> list[dict]:
     return records
 
 
-def curve(records: list[dict], setting: str, name: str) -> list[float]:
-    """Means over the seeds, one for each of `TOLD`."""
-    return [
-        float(np.mean([r[name] for r in records if (r["setting"], r["told"]) == (setting, told)]))
-        for told in TOLD
-    ]
+def curve(records: list[dict], setting: str, recipe: str) -> tuple[list[float], list[float]]:
+    """Clean and robust accuracy, means over the seeds, one for each of `TOLD`."""
+    here = [r for r in records if (r["setting"], r["inner_gradient"]) == (setting, recipe)]
+
+    def means(name: str) -> list[float]:
+        return [float(np.mean([r[name] for r in here if r["told"] == told])) for told in TOLD]
+
+    return means("clean_accuracy"), means("robust_accuracy")
 
 
 def plot(records: list[dict], rivals: list[dict], path: pathlib.Path) -> None:
@@ -90,13 +95,18 @@ def plot(records: list[dict], rivals: list[dict], path: pathlib.Path) -> None:
         for ax in axes.flat[len(settings) :]:
             ax.set_visible(False)
         for ax, setting in zip(axes.flat, settings, strict=False):
-            clean, robust = (curve(records, setting, f"{k}_accuracy") for k in ("clean", "robust"))
-            ax.plot(clean, robust, "-D", ms=4, color=COLORS["meta"][0], label="mixture, clean")
-            for told, x, y in zip(TOLD, clean, robust, strict=True):
-                if told in (TOLD[0], 1, TOLD[-1]):
-                    ax.annotate(
-                        f"{told:g}", (x, y), (0, 5), textcoords="offset points", ha="center"
-                    )
+            for recipe, (color, marker) in CURVES.items():
+                clean, robust = curve(records, setting, recipe)
+                ax.plot(
+                    clean, robust, f"-{marker}", ms=4, color=COLORS[color][0],
+                    mfc=COLORS[color][0] if recipe == "noisy" else "none",
+                    label=f"{OURS[recipe]}, {recipe}",
+                )  # fmt: skip
+                for told, x, y in zip(TOLD, clean, robust, strict=True):
+                    if told in (TOLD[0], 1, TOLD[-1]):
+                        ax.annotate(
+                            f"{told:g}", (x, y), (0, 5), textcoords="offset points", ha="center"
+                        )
             here = [r for r in rivals if r["setting"] == setting]
             for optimizer, gradient, color, marker, label in RIVALS if here else ():
                 point = [
@@ -122,30 +132,30 @@ def main() -> None:
     known = [cell.setting for cell in PAIRS if cell.dataset != CIFAR]
     small = [setting for setting in known if "ResNet" not in setting]  # that takes hours
     parser.add_argument("--settings", nargs="+", default=small, choices=known)
-    parser.add_argument("--inner-gradient", default="clean", choices=("clean", "noisy"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--table", type=pathlib.Path, default=timing.RESULTS / "transfer.jsonl")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/dial"))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    path, records = arguments.output / f"{arguments.inner_gradient}.jsonl", []
+    path, records = arguments.output / "records.jsonl", []
     if path.exists():
         records = [json.loads(line) for line in path.open()]
-    done = {r["setting"] for r in records}
+    done = {(r["setting"], r["inner_gradient"]) for r in records}
     table = TransferConfig(cells=PAIRS, rows=(), seeds=arguments.seeds)
     for index, cell in enumerate(PAIRS):
-        if cell.setting in arguments.settings and cell.setting not in done:
-            found = measure(table, index, arguments.inner_gradient)
-            with path.open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in found)
-            records += found
+        for recipe in CURVES if cell.setting in arguments.settings else ():
+            if (cell.setting, recipe) not in done:
+                found = measure(table, index, recipe)
+                with path.open("a") as file:
+                    file.writelines(json.dumps(record) + "\n" for record in found)
+                records += found
     records = [r for r in records if r["setting"] in arguments.settings]
-    for setting in dict.fromkeys(r["setting"] for r in records):
-        clean, robust = (curve(records, setting, f"{k}_accuracy") for k in ("clean", "robust"))
+    for setting, recipe in dict.fromkeys((r["setting"], r["inner_gradient"]) for r in records):
+        clean, robust = curve(records, setting, recipe)
         cells = [f"{r:.3f} ({c:.3f})" for r, c in zip(robust, clean, strict=True)]
-        print(f"| {setting} | {' | '.join(cells)} |")
+        print(f"| {setting}, {recipe} | {' | '.join(cells)} |")
     rivals = [json.loads(line) for line in arguments.table.open()]
-    plot(records, rivals, path.with_suffix(".png"))
+    plot(records, rivals, arguments.output / "dial.png")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@
 
 The pairs of data set and architecture below were written down before the meta-training of the
 weights that are shipped; no meta-training and no selection touched them, and Fashion-MNIST is in
-neither. Beside the weights stands the rule that their meta-training began with, whose constants
-were chosen on draws of the training parts of digits and CIFAR-10, and a second set of weights for
-gradients on adversarial examples of one step (FGSM-RS). An interrupted table goes on after its last
-whole column. The npz file holds 5,000 training and 1,000 test images of CIFAR-10,
-as `advmeta.data.load` reads them; without it that pair is left out.
+neither. There are weights for clean examples, for noisy ones, and for adversarial ones of a single
+step (FGSM-RS); beside the first two stands the rule that they modulate, without them, whose
+constants were chosen on draws of the training parts of digits and CIFAR-10. An interrupted table
+goes on after its last whole column. The npz file holds 5,000 training and 1,000 test images of
+CIFAR-10, as `advmeta.data.load` reads them; without it that pair is left out.
 
     python -m benchmarks.transfer --render runs/transfer/records.jsonl
 
@@ -35,6 +35,7 @@ from advmeta.evaluation.transfer import (
     MakeMetaOptimizer,
     TransferConfig,
 )
+from advmeta.meta_optimizer.pretrained import weights_path
 from advmeta.report.style import COLORS, RC
 from advmeta.table_command import make_table
 
@@ -59,15 +60,16 @@ RIVALS = {
     ("adam", "adversarial"),
 }
 NOMINAL = "nominal rule"
+OURS = {"clean": "mixture", "noisy": "mixture-noisy", "fgsm-rs": "mixture-adversarial"}
 # Rows of the README's table: a name, gradients a step, the optimizer and its inner gradients, of
 # which the best of each column is shown; and colour and marker, where the figure shows it.
 SUMMARY = (
     ("Adam, learning rate tuned", 1, "adam, no decay", ("clean",), ("muted", "o")),
     ("best with decay or noise tuned", 1, "adam", ("clean", "noisy"), ("clean", "s")),
-    ("the rule before meta-training, clean", 1, NOMINAL, ("clean",), None),
+    ("the rule without its weights, clean", 1, NOMINAL, ("clean",), None),
     ("the same, noisy", 1, NOMINAL, ("noisy",), None),
     ("**`mixture`, clean**", 1, META_OPTIMIZER, ("clean",), ("meta", "d")),
-    ("**`mixture`, noisy**", 1, META_OPTIMIZER, ("noisy",), ("meta", "D")),
+    ("**`mixture-noisy`, noisy**", 1, META_OPTIMIZER, ("noisy",), ("meta", "D")),
     ("VAT, tuned", 3, "adam", ("vat",), ("muted", "^")),
     ("FGSM-RS training, tuned", 2, "adam", ("fgsm-rs",), None),
     ("adversarial training, tuned", 8, "adam", ("adversarial",), ("adversarial", "^")),
@@ -179,14 +181,11 @@ def verdict(records: list[dict]) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", default="mixture")
     parser.add_argument("--cifar", help="the npz file of CIFAR-10")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--attack", default="autoattack", choices=("autoattack", "pgd"))
-    parser.add_argument("--inner-gradients", nargs="+", default=["clean", "noisy"])
-    parser.add_argument(
-        "--adversarial-weights", default="mixture-adversarial", help="given FGSM-RS gradients"
-    )
+    for gradient, name in OURS.items():
+        parser.add_argument(f"--{gradient}", default=name, help=f"weights for {gradient} gradients")
     parser.add_argument("--rows", nargs="*", default=ROWS)
     parser.add_argument("--settings", nargs="+", help="only the pairs of these names")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/transfer"))
@@ -219,20 +218,24 @@ def measure(arguments: argparse.Namespace) -> None:
         for cell in PAIRS
         if cell.setting in chosen and (cell.dataset != CIFAR or arguments.cifar)
     )
-    config = TransferConfig(
-        cells=cells, rows=tuple(arguments.rows), seeds=arguments.seeds, attack=arguments.attack,
-        inner_gradients=tuple(arguments.inner_gradients),
-    )  # fmt: skip
-    optimizer = functools.partial(advmeta.load_meta_optimizer, arguments.weights)
-    records = _table(config, optimizer, arguments.output, check=True)
-    nominal = _table(dataclasses.replace(config, rows=()), untrained, arguments.output / "nominal")
-    records += [record | {"optimizer": NOMINAL} for record in nominal]
-    adversarial = dataclasses.replace(config, rows=(), inner_gradients=("fgsm-rs",))
-    optimizer = functools.partial(advmeta.load_meta_optimizer, arguments.adversarial_weights)
-    records += _table(adversarial, optimizer, arguments.output / "adversarial")
-    card = {"weights": arguments.weights, **environment.describe()}
-    (arguments.output / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    write(records, arguments.output)
+    folder, records = arguments.output, []
+    weights = {gradient: getattr(arguments, gradient.replace("-", "_")) for gradient in OURS}
+    for gradient, name in weights.items():
+        config = TransferConfig(
+            cells=cells, seeds=arguments.seeds, attack=arguments.attack,
+            rows=tuple(arguments.rows) if gradient == "clean" else (), inner_gradients=(gradient,),
+        )  # fmt: skip
+        optimizer = functools.partial(advmeta.load_meta_optimizer, name)
+        records += _table(config, optimizer, folder / gradient, check=gradient == "clean")
+        if gradient == "fgsm-rs":
+            continue
+        optimizer = functools.partial(untrained, name)
+        nominal = dataclasses.replace(config, rows=())
+        nominal = _table(nominal, optimizer, folder / f"{gradient}-nominal")
+        records += [record | {"optimizer": NOMINAL} for record in nominal]
+    card = {"weights": weights, **environment.describe()}
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    write(records, folder)
 
 
 def _table(
@@ -243,9 +246,9 @@ def _table(
     return json.loads((folder / "results.json").read_text())
 
 
-def untrained(aim: advmeta.Aim) -> optax.GradientTransformation:
-    """The nominal rule that meta-training starts from."""
-    config = advmeta.MetaOptimizerConfig()
+def untrained(name: str, aim: advmeta.Aim) -> optax.GradientTransformation:
+    """The nominal rule that these weights modulate."""
+    _, config, _ = advmeta.load_weights(weights_path(name))
     phi = advmeta.init_meta_params(config, jax.random.key(0))
     return advmeta.scale_by_meta_optimizer(phi, config, aim)
 

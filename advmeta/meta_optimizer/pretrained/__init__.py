@@ -22,7 +22,7 @@ def list_pretrained() -> list[str]:
 
     Example:
       >>> advmeta.list_pretrained()
-      ['mixture', 'mixture-adversarial']
+      ['mixture', 'mixture-adversarial', 'mixture-noisy']
     """
     return sorted(path.stem for path in _FOLDER.glob("*.safetensors"))
 
