@@ -136,7 +136,7 @@ def test_unknown_names_list_the_known_ones(tmp_path):
 
 def test_shipped_weights_load_and_have_whole_cards():
     for name in advmeta.list_pretrained():
-        path = weights.pathlib.Path(weights.__file__).parent / "pretrained" / f"{name}.safetensors"
+        path = pretrained.weights_path(name)
         _, _, card = weights.load_weights(path)
         made = {"command", "seed", "seconds", "hardware", "versions", "training"}
         assert made | {"tested", "weak_at"} <= card.keys()

@@ -103,8 +103,8 @@ def noisy(task: Task, params: Params, key: Key) -> tuple[Array, Params]:
 
     Its standard deviation is ``task.noise`` times the l2 norm that an adversary's perturbation can
     have: ``epsilon sqrt(d)`` in linf for an example of d values, epsilon in l2. To first order
-    noise then moves a logit by that share of what the adversary does, however large the images are:
-    one in proportion to ``|J|_2``, the other to its dual norm. What it takes over the bounds stays
+    noise then moves a logit by at least that share of what the adversary does, however large the
+    images are: ``epsilon |J|_1 <= epsilon sqrt(d) |J|_2``. What it takes over the bounds stays
     there: clipped noise is brighter in the mean where images are black, which test images are not.
     """
     draw_key, noise_key = jax.random.split(key)
