@@ -9,80 +9,35 @@ import jax
 import numpy as np
 import optax
 import pytest
+from fixtures.linear_model import (
+    EPSILON,
+    KEY,
+    PARAMS,
+    TASK,
+    B,
+    W,
+    close,
+    cross_entropy,
+    error,
+    first_draw,
+    kl,
+    linear_gradient,
+    predict,
+    project,
+)  # fmt: skip
 from fixtures.tiny import compile_fast as compile_fast
 from fixtures.tiny import random_like, tiny_family, tiny_task
 from jax.extend.core import jaxprs_in_params
 
 import advmeta
 from advmeta import inner_gradients, optimizees
-from advmeta.inner_gradients import RECIPES, fgsm_rs, free, stateful, trades, vat, yopo
+from advmeta.inner_gradients import RECIPES, fgsm_rs, free, remembered, stateful, trades, vat, yopo
 from advmeta.inner_gradients.basic import ascend
 from advmeta.inner_gradients.divergence import virtual_adversarial
 from advmeta.meta_optimizer import MetaOptimizerConfig
 from advmeta.meta_training_config import MetaTrainingConfig
 from advmeta.outer_step import init_outer, outer_step
-from advmeta.tasks import draw
 from advmeta.unroll import init_inner, unroll
-
-KEY = jax.random.key(0)
-EPSILON = 0.1
-TASK = tiny_task(optimizees.linear(3))
-W, B = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((4, 3), (3,)))
-PARAMS = {"layer_0": {"kernel": W, "bias": B}}
-
-
-def close(a, b, atol=1e-5):
-    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-4, atol=atol), a, b)
-
-
-def first_draw(task=TASK):
-    """The batch, flat, and the key of the start, of a recipe that is called with KEY."""
-    draw_key, start_key = jax.random.split(KEY)
-    x, y = draw(task.train, draw_key, task.batch_size)
-    return np.asarray(x).reshape(len(y), -1), np.asarray(y), start_key
-
-
-def random_start(start_key, x, task=TASK):
-    images = x.reshape(-1, 2, 2, 1)
-    start = task.threat_model.random_start(jax.random.split(start_key, len(x)), images)
-    return np.asarray(start).reshape(x.shape)
-
-
-def softmax(logits):
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return p / p.sum(axis=1, keepdims=True)
-
-
-def predict(x, w=W, b=B):
-    return softmax(x @ w + b)
-
-
-def error(p, y):
-    """d CE / d logits = p - e_y."""
-    return p - np.eye(p.shape[1])[y]
-
-
-def cross_entropy(p, y):
-    return -np.log(p[np.arange(len(y)), y]).mean()
-
-
-def kl(p, q):
-    return (p * np.log(p / q)).sum(axis=1)
-
-
-def project(x_adv, x):
-    return np.clip(x + np.clip(x_adv - x, -EPSILON, EPSILON), 0, 1)
-
-
-def linear_gradient(*parts):
-    """Of the linear model, from pairs (x, d loss / d logits at x): dW = x^T d, db = sum d."""
-    return {
-        "layer_0": {
-            "kernel": sum(x.T @ d for x, d in parts) / len(parts[0][0]),
-            "bias": sum(d.sum(axis=0) for _, d in parts) / len(parts[0][0]),
-        }
-    }
-
 
 # The equations.
 
@@ -110,78 +65,6 @@ def test_trades_is_cross_entropy_and_the_divergence_at_its_attacked_examples():
                for s in itertools.product((-1, 1), repeat=4)]  # fmt: skip
     assert abs(np.array(corners) - divergence).min(axis=0).max() < 1e-5
     assert (divergence >= 0.5 * np.max(corners, axis=0)).all()
-
-
-def test_fgsm_rs_is_one_step_from_a_random_start():
-    # d CE / dx = W (p - e_y).
-    x, y, start_key = first_draw()
-    start = random_start(start_key, x)
-    step = 1.25 * EPSILON * np.sign(error(predict(start), y) @ W.T)
-    x_adv = project(start + step, x)
-    p = predict(x_adv)
-    loss, gradient = jax.jit(fgsm_rs)(TASK, PARAMS, KEY)
-    close(gradient, linear_gradient((x_adv, error(p, y))))
-    np.testing.assert_allclose(loss, cross_entropy(p, y), rtol=1e-5)
-    # The step is longer than epsilon, so that most coordinates end at the edge of the ball, and
-    # shorter than its diameter, so that not all do.
-    inside = (x > EPSILON) & (x < 1 - EPSILON)
-    at_edge = np.isclose(abs(x_adv - x), EPSILON, atol=1e-6)[inside].mean()
-    assert 0.4 < at_edge < 0.9
-
-
-@pytest.mark.parametrize("m", [1, 3])
-def test_free_keeps_the_batch_for_m_steps_and_the_perturbation_throughout(m):
-    """With m = 1 it is FGSM training whose perturbation is carried along."""
-    w, b, delta, losses = W, B, np.zeros((4, 4), np.float32), []
-    for t in range(6):
-        if t % m == 0:
-            batch_key, _ = jax.random.split(jax.random.fold_in(KEY, t))
-            x, y = draw(TASK.train, batch_key, TASK.batch_size)
-            x = np.asarray(x).reshape(4, 4)
-        x_adv = project(x + delta, x)
-        p = predict(x_adv, w, b)
-        losses.append(cross_entropy(p, y))
-        gradient = linear_gradient((x_adv, error(p, y)))["layer_0"]
-        # Both are moved by the gradient at the same point.
-        delta = project(x_adv + EPSILON * np.sign(error(p, y) @ w.T), x) - x
-        w, b = w - 0.5 * gradient["kernel"], b - 0.5 * gradient["bias"]
-
-    state = init_inner(TASK, optax.sgd(0.5), KEY, free(m))._replace(params=PARAMS)
-    run = jax.jit(functools.partial(
-        unroll, TASK, optax.sgd(0.5), key=KEY, steps=2, inner_gradient=free(m)
-    ))  # fmt: skip
-    found = []
-    for _ in range(3):  # in pieces: the batch and the perturbation go from one to the next
-        state, trajectory = run(state)
-        found.append(trajectory.loss)
-    np.testing.assert_allclose(np.concatenate(found), losses, rtol=1e-4)
-    close(state.params, {"layer_0": {"kernel": w, "bias": b}})
-    close(state.gradient_state.delta.reshape(4, 4), delta)
-
-
-def test_yopo_attacks_the_first_layer_with_the_rest_held_fixed():
-    # z = x W0 + b0, logits = tanh(z) W1 + b1; d = (softmax - e_y) / n:
-    # dW1 = tanh(z)^T d, db1 = sum d, p = dCE/dz = (d W1^T) (1 - tanh^2 z).
-    # <p, f_0(x')> has the gradients p W0^T in x', x'^T p in W0 and sum p in b0.
-    task = tiny_task(optimizees.mlp((5,), "tanh", 3))
-    params = random_like(jax.eval_shape(lambda: task.optimizee.init(KEY, (2, 2, 1))), seed=1)
-    (b0, w0), (b1, w1) = (params[k].values() for k in ("layer_0", "layer_1"))
-    x, y, start_key = first_draw(task)
-    x_j, losses, gradients = random_start(start_key, x), [], []
-    for _ in range(3):
-        h = np.tanh(x_j @ w0 + b0)
-        q = softmax(h @ w1 + b1)
-        d = error(q, y) / len(y)
-        p = d @ w1.T * (1 - h**2)
-        for _ in range(2):
-            x_j = project(x_j + EPSILON / 4 * np.sign(p @ w0.T), x)
-        losses.append(cross_entropy(q, y))
-        gradients.append({"layer_0": {"bias": p.sum(axis=0), "kernel": x_j.T @ p},
-                          "layer_1": {"bias": d.sum(axis=0), "kernel": h.T @ d}})  # fmt: skip
-    expected = jax.tree.map(lambda *parts: np.mean(parts, axis=0), *gradients)
-    loss, gradient = jax.jit(yopo(m=3, n=2))(task, params, KEY)
-    close(gradient, expected)
-    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
 
 
 WIDE_L2 = dataclasses.replace(
@@ -238,9 +121,9 @@ def test_nothing_is_differentiated_through_the_attacks():
 
         ascent = ascend(WIDE_L2.threat_model, objective, x, x, step_size=0.1, steps=1) - x
         virtual = virtual_adversarial(WIDE_L2, params, x, KEY, 1) - x
-        remembering = free()
-        delta = remembering.apply(WIDE_L2, params, KEY, remembering.init(WIDE_L2))[-1].delta
-        return sum(move[0, 0, 0, 0] for move in (ascent, virtual, delta))
+        _, _, kept = free().apply(WIDE_L2, params, KEY, free().init(WIDE_L2))
+        _, _, deltas = remembered().apply(WIDE_L2, params, KEY, remembered().init(WIDE_L2))
+        return sum(move[0, 0, 0, 0] for move in (ascent, virtual, kept.delta)) + deltas.sum()
 
     value, gradient = jax.jit(jax.value_and_grad(moves))(PARAMS)
     close(gradient, jax.tree.map(np.zeros_like, PARAMS), atol=0)
@@ -293,7 +176,7 @@ def compiled(name):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("name", ["trades", "fgsm-rs", "free", "yopo", "vat"])
+@pytest.mark.parametrize("name", ["trades", "fgsm-rs", "free", "remembered", "yopo", "vat"])
 def test_training_vmaps_and_compiles_once(name):
     keys = jax.random.split(KEY, 2)
     shapes = jax.eval_shape(
@@ -313,17 +196,20 @@ def test_training_vmaps_and_compiles_once(name):
     assert abs(np.subtract(*together[1].loss)).max() > 1e-3  # or the keys would say little
 
 
-def test_a_state_can_be_carried_through_meta_training():
+@pytest.mark.parametrize(("name", "examples"), [("free", 4), ("remembered", 16)])
+def test_a_state_can_be_carried_through_meta_training(name, examples):
     # Traced only: a scan over outer steps needs lanes that come out as they went in.
     config = MetaTrainingConfig(
-        meta_optimizer=MetaOptimizerConfig(hidden=(2,)), inner_gradient="free", lanes=2,
+        meta_optimizer=MetaOptimizerConfig(hidden=(2,)), inner_gradient=name, lanes=2,
         truncation=2, horizon=(4, 8),
     )  # fmt: skip
     families, outer = (tiny_family(MLP.optimizee),), optax.sgd(0.1)
     before = jax.eval_shape(lambda: init_outer(config, families, outer, KEY))
     after, _ = jax.eval_shape(lambda s: outer_step(config, outer, families, s), before)
     assert after.lanes == before.lanes
-    assert before.lanes[0].inner.gradient_state.delta.shape == (2, 4, 2, 2, 1)
+    state = before.lanes[0].inner.gradient_state
+    delta = state.delta if name == "free" else state
+    assert delta.shape == (2, examples, 2, 2, 1)
 
 
 # What is refused.
@@ -333,15 +219,6 @@ def test_a_state_that_was_made_without_the_inner_gradient_is_refused():
     state = jax.eval_shape(lambda: init_inner(TASK, optax.sgd(0.1), KEY))
     with pytest.raises(ValueError, match=r"start from init_inner\(task, .*inner_gradient\)"):
         unroll(TASK, optax.sgd(0.1), state, KEY, steps=1, inner_gradient=free())
-
-
-def test_yopo_needs_to_know_the_first_layer():
-    init, apply = TASK.optimizee
-    task = dataclasses.replace(
-        TASK, optimizee=advmeta.Optimizee(init, lambda params, x: apply(params, x))
-    )
-    with pytest.raises(ValueError, match=r"write Optimizee\(init, .*Composed\(first, rest\)\)"):
-        yopo()(task, PARAMS, KEY)
 
 
 @pytest.mark.parametrize(
@@ -361,5 +238,5 @@ def test_counts_below_one(make, message):
 def test_every_recipe_has_a_name():
     assert inner_gradients.by_name("fgsm-rs") is fgsm_rs
     assert inner_gradients.by_name("free") is RECIPES["free"].inner_gradient
-    with pytest.raises(ValueError, match="'trades', 'fgsm-rs', 'free', 'yopo', 'vat'"):
+    with pytest.raises(ValueError, match="'free', 'remembered', 'yopo', 'vat'"):
         inner_gradients.by_name("mart")

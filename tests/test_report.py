@@ -224,7 +224,10 @@ def test_a_curve_is_the_mean_at_the_points_that_all_seeds_have():
 
 def test_every_row_looks_different():
     rows = [records.Row(*key) for key in ROBUST] + [records.Row("meta-2", "clean")]
-    rows += [records.Row("adam", recipe) for recipe in ("trades", "fgsm-rs", "free", "yopo", "vat")]
+    rows += [
+        records.Row("adam", recipe)
+        for recipe in ("trades", "fgsm-rs", "free", "remembered", "yopo", "vat")
+    ]
     lines = {(look.color, look.dash) for look in style.looks(rows).values()}
     assert len(lines) == len(rows)
     assert {look.color for row, look in style.looks(rows).items() if row.meta} == {"meta"}

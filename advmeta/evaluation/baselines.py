@@ -137,7 +137,7 @@ def grid(*axes: tuple[float, ...]) -> Hyperparameters:
 
 
 _ROBUST_GRID = grid(_ADAM_RATES[1:], _L2[:3], (0.0,), (1.0,))
-_ROBUST_RECIPES = ("adversarial", "trades", "fgsm-rs", "free", "yopo", "vat")
+_ROBUST_RECIPES = ("adversarial", "trades", "fgsm-rs", "free", "remembered", "yopo", "vat")
 
 BASELINES = {
     # The best falling rate was level with the best constant one or above, on all gradients.

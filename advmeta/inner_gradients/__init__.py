@@ -14,6 +14,7 @@ from advmeta.inner_gradients.divergence import trades as trades
 from advmeta.inner_gradients.divergence import vat as vat
 from advmeta.inner_gradients.low_cost import fgsm_rs as fgsm_rs
 from advmeta.inner_gradients.low_cost import free as free
+from advmeta.inner_gradients.low_cost import remembered as remembered
 from advmeta.inner_gradients.low_cost import yopo as yopo
 from advmeta.inner_gradients.recipes import RECIPES as RECIPES
 from advmeta.inner_gradients.recipes import Recipe as Recipe

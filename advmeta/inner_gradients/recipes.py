@@ -5,7 +5,7 @@ from typing import NamedTuple
 from advmeta.imports import import_function, is_import_name
 from advmeta.inner_gradients.basic import InnerGradient, adversarial, clean, noisy, replayed
 from advmeta.inner_gradients.divergence import trades, vat
-from advmeta.inner_gradients.low_cost import fgsm_rs, free, yopo
+from advmeta.inner_gradients.low_cost import fgsm_rs, free, remembered, yopo
 
 
 class Recipe(NamedTuple):
@@ -28,6 +28,7 @@ RECIPES = {
     "trades": Recipe(trades(steps=10), 10 + 2, 1),
     "fgsm-rs": Recipe(fgsm_rs, 1 + 1, 1),
     "free": Recipe(free(m=8), 1, 1),
+    "remembered": Recipe(remembered(), 1, 1),
     "yopo": Recipe(yopo(m=5, n=3), 5, 5),
     "vat": Recipe(vat(iterations=1), 1 + 2, 1),
 }
@@ -36,8 +37,9 @@ RECIPES = {
 def by_name(name: str) -> InnerGradient:
     """An inner gradient of this package, or one of one's own, as module:function.
 
-    The names are "clean", "noisy", "adversarial", "replayed", "trades", "fgsm-rs", "free", "yopo"
-    and "vat". Each is the function of that name with the constants that `RECIPES` gives it.
+    The names are "clean", "noisy", "adversarial", "replayed", "trades", "fgsm-rs", "free",
+    "remembered", "yopo" and "vat". Each is the function of that name with the constants that
+    `RECIPES` gives it.
 
     Raises:
       ValueError: another name.

@@ -23,8 +23,8 @@ COLORS = {  # name: on white, on a dark page
     "adversarial": ("#009e73", "#35c79c"),
     "other": ("#e69f00", "#f2c14e"),
 }
-DASHES = (None, (5, 2), (1.2, 1.6), (6, 2, 1.2, 2), (9, 2))
-MARKERS = ("o", "s", "^", "v", "P")
+DASHES = (None, (5, 2), (1.2, 1.6), (6, 2, 1.2, 2), (9, 2), (6, 2, 1.2, 2, 1.2, 2))
+MARKERS = ("o", "s", "^", "v", "P", "X")
 META_MARKER = "D"
 
 RC: dict[Any, Any] = {
