@@ -11,6 +11,7 @@ from fixtures.tiny import random_like, tiny_task
 import advmeta
 from advmeta import inner_gradients, optimizees
 from advmeta.inner_gradients import adversarial, attacked, clean, noisy, replayed
+from advmeta.inner_gradients.basic import seen_noise
 from advmeta.tasks import draw
 from advmeta.types import Batch
 
@@ -106,6 +107,55 @@ def test_noise_is_half_of_what_the_threat_model_allows_in_l2_and_not_clipped(nor
     found = jax.jit(jax.vmap(centred))(jax.random.split(KEY, 2000))
     # Taking the mean of 4 away leaves 3/4 of the variance; 6,000 degrees of freedom: 1 % of 0.173.
     assert float(found.std()) == pytest.approx(0.2 * 0.75**0.5, rel=0.04)
+
+
+def test_noise_that_the_first_layer_does_not_see_is_left_out():
+    """The gradient's mean is that with all of the noise, and its variance is lower."""
+    task = tiny_task(optimizees.mlp((2,), "tanh", 3), noise=2.0, batch_size=8)
+    init, apply = task.optimizee
+    unknown = advmeta.Optimizee(init, lambda params, x: apply(params, x))
+    params = random_like(jax.eval_shape(lambda: init(KEY, (2, 2, 1))), seed=1)
+
+    def kernels(task):
+        keys = jax.random.split(KEY, 20_000)
+        _, gradients = jax.jit(jax.vmap(lambda key: noisy(task, params, key)))(keys)
+        return gradients["layer_0"]["kernel"].reshape(len(keys), -1)
+
+    part, whole = kernels(task), kernels(dataclasses.replace(task, optimizee=unknown))
+    error = jnp.sqrt((part.var(axis=0) + whole.var(axis=0)) / len(part))
+    assert jnp.abs((part.mean(axis=0) - whole.mean(axis=0)) / error).max() < 4
+    assert (part.var(axis=0) < whole.var(axis=0)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_seen_noise_lies_in_what_the_kernel_spans_and_moves_it_as_the_whole_does(dtype):
+    w = jax.random.normal(KEY, (4, 2))
+    task = tiny_task(optimizees.linear(2))
+    params = {"layer_0": {"kernel": w.astype(dtype), "bias": jnp.ones(2, dtype)}}
+    noise = seen_noise(task, params, jnp.ones((20_000, 2, 2, 1), dtype), KEY)
+    assert noise.dtype == dtype
+    noise = noise.reshape(-1, 4).astype(jnp.float32)
+    span = w @ jnp.linalg.pinv(w)
+    atol = 1e-5 if dtype == "float32" else 0.05
+    np.testing.assert_allclose(noise @ span, noise, atol=atol)
+    # Of 20,000 draws a variance is known to 1 %.
+    np.testing.assert_allclose(jnp.cov(noise.T), span, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("optimizee", "examples"),
+    [
+        (optimizees.linear(4), 64),  # it sees everything
+        (optimizees.linear(2), 7),  # finding the part takes longer than it saves
+        (optimizees.cnn((4,), num_classes=3), 64),
+        (advmeta.Optimizee(None, lambda params, x: x.reshape(-1, 4)[:, :2]), 64),  # not known
+    ],
+)
+def test_noise_stays_whole(optimizee, examples):
+    x = jnp.ones((examples, 2, 2, 1))
+    params = optimizee.init(KEY, (2, 2, 1)) if optimizee.init else None
+    noise = seen_noise(tiny_task(optimizee), params, x, KEY)
+    np.testing.assert_array_equal(noise, jax.random.normal(KEY, x.shape))
 
 
 def test_replay_must_be_there():

@@ -5,16 +5,20 @@ now (adversarial training), or were attacked once for another model (replayed).
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import Partial
 
 from advmeta.attacks.projected_gradient import Loss, cross_entropy, pgd
 from advmeta.attacks.threat_model import ThreatModel
+from advmeta.optimizees import Composed
 from advmeta.tasks import Task, draw
 from advmeta.types import Array, Batch, Key, Params, PyTree
 
@@ -106,13 +110,42 @@ def noisy(task: Task, params: Params, key: Key) -> tuple[Array, Params]:
     noise then moves a logit by at least that share of what the adversary does, however large the
     images are: ``epsilon |J|_1 <= epsilon sqrt(d) |J|_2``. What it takes over the bounds stays
     there: clipped noise is brighter in the mean where images are black, which test images are not.
+    Of the noise there is what the first layer sees of it, where that is known: `seen_noise`.
     """
     draw_key, noise_key = jax.random.split(key)
     batch = draw(task.train, draw_key, task.batch_size)
     sigma = task.noise * task.threat_model.l2_radius(batch.x[0].size)
-    x = batch.x + sigma * jax.random.normal(noise_key, batch.x.shape, batch.x.dtype)
-    batch = batch._replace(x=x)
+    batch = batch._replace(x=batch.x + sigma * seen_noise(task, params, batch.x, noise_key))
     return jax.value_and_grad(mean_cross_entropy, argnums=1)(task, params, batch)
+
+
+def seen_noise(task: Task, params: Params, x: Array, key: Key) -> Array:
+    """Gaussian noise [n, ...] of unit variance, or the part of it that the first layer sees.
+
+    ``noise_i = Q g_i``,  ``Q R = W``, the kernel [inputs, outputs],  g_i normal, [outputs]
+
+    The rest, ``(1 - Q Q^T) noise_i``, moves no output of the layer, and so nothing that the model
+    computes depends on it. In the layer's gradient, ``sum_i (x_i + noise_i) dCE/dz_i^T``, its mean
+    is zero and its variance is not: an MLP of 20 units on 784 pixels sees 20 of 784 directions, and
+    would learn from noise in the others. (Q is held fixed, which changes second derivatives.)
+
+    All of the noise is there where the optimizee is not `Composed`; where the first layer has no
+    fewer outputs than inputs; and where it has more than a quarter as many as the batch has
+    examples: Q then takes longer than what it saves, n times the inputs of random numbers.
+    """
+    model, n, shape = task.optimizee.apply, len(x), x.shape[1:]
+    whole = functools.partial(jax.random.normal, key, x.shape, x.dtype)
+    if not isinstance(model, Composed):
+        return whole()
+    first = functools.partial(model.first, jax.lax.stop_gradient(params))
+    outputs, inputs = jax.eval_shape(first, x[:1]).size, math.prod(shape)
+    if outputs >= inputs or 4 * outputs > n:
+        return whole()
+    dtype = jnp.promote_types(x.dtype, jnp.float32)  # there is no QR of shorter floats
+    jacobian = jax.jacrev(first)(jnp.zeros((1, *shape), x.dtype))  # the same for any x
+    q, _ = jnp.linalg.qr(jacobian.reshape(outputs, inputs).T.astype(dtype))
+    noise = jax.random.normal(key, (n, outputs), dtype) @ q.T
+    return noise.reshape(x.shape).astype(x.dtype)
 
 
 def adversarial(steps: int = 7) -> InnerGradient:

@@ -24,7 +24,7 @@ class Composed:
     ``apply(params, x) = rest(params, first(params, x))``
 
     Args:
-      first: (params, x [n, ...]) -> the first layer's output, before its activation.
+      first: (params, x [n, ...]) -> the first layer's output, before its activation: affine in x.
       rest: (params, that output) -> logits [n, k].
 
     Example:
