@@ -19,7 +19,7 @@ from rich.console import Console
 from advmeta import config_files, environment, processes, report
 from advmeta.attack_command import Attack, attack
 from advmeta.evaluation.baselines import ROWS
-from advmeta.evaluation.transfer import TransferConfig
+from advmeta.evaluation.transfer_config import TransferConfig
 from advmeta.meta_optimizer.pretrained import load_meta_optimizer
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
 from advmeta.patch_command import Patch, patch_files

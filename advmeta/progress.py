@@ -5,7 +5,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from advmeta.evaluation.transfer import TransferConfig
+from advmeta.evaluation.transfer_config import TransferConfig
 from advmeta.meta_training_config import MetaTrainingConfig
 
 _SECONDS_BETWEEN_LINES = 15.0

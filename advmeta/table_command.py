@@ -13,12 +13,12 @@ from advmeta.evaluation.behaviour import behaviour
 from advmeta.evaluation.sanity import Check, sanity_checks
 from advmeta.evaluation.transfer import (
     META_OPTIMIZER,
-    Entry,
     MakeMetaOptimizer,
-    TransferConfig,
     cell_keys,
     transfer_cells,
 )
+from advmeta.evaluation.transfer_config import TransferConfig
+from advmeta.evaluation.tuning import Entry
 from advmeta.evaluation.twins import twins
 from advmeta.progress import TableProgress
 from advmeta.run_folder import replace_file

@@ -20,7 +20,8 @@ import numpy as np
 from rich.console import Console
 
 import advmeta
-from advmeta.evaluation.transfer import Cell, TransferConfig, transfer_cells
+from advmeta.evaluation.transfer import transfer_cells
+from advmeta.evaluation.transfer_config import Cell, TransferConfig
 from advmeta.report.records import row_of
 from advmeta.report.style import RC, looks
 from advmeta.run_folder import replace_file

@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import advmeta
-from advmeta.evaluation.transfer import TransferConfig, cell_keys, judge, make_tasks
+from advmeta.evaluation.transfer import cell_keys, judge, make_tasks
+from advmeta.evaluation.transfer_config import TransferConfig
 from advmeta.inner_gradients import RECIPES
 from advmeta.report.style import COLORS, RC
 from advmeta.tasks import Task, aim_at

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import advmeta
-from advmeta.evaluation.transfer import TransferConfig, transfer_cells
+from advmeta.evaluation.transfer import transfer_cells
+from advmeta.evaluation.transfer_config import TransferConfig
 from advmeta.meta_optimizer.pretrained import weights_path
 from advmeta.meta_optimizer.rule import MetaOptimizerConfig
 from advmeta.types import MetaParams
@@ -52,7 +53,7 @@ ROWS: dict[str, tuple[str, Change, tuple[str, ...]]] = {
     "mixture-noisy": ("mixture-noisy", as_it_is, ("noisy",)),
     "mixture-noisy, memory in bfloat16": ("mixture-noisy", short_memory, ("noisy",)),
     "mixture-noisy, linear map alone": ("mixture-noisy", silent_lstm, ("noisy",)),
-    "mixture-adversarial": ("mixture-adversarial", as_it_is, ("fgsm-rs", "replayed")),
+    "mixture-adversarial": ("mixture-adversarial", as_it_is, ("remembered", "fgsm-rs", "replayed")),
 }
 
 

@@ -4,11 +4,12 @@
 
 The pairs of data set and architecture below were written down before the meta-training of the
 weights that are shipped; no meta-training and no selection touched them, and Fashion-MNIST is in
-neither. There are weights for clean examples, for noisy ones, and for adversarial ones of a single
-step (FGSM-RS); beside the first two stands the rule that they modulate, without them, whose
-constants were chosen on draws of the training parts of digits and CIFAR-10. An interrupted table
-goes on after its last whole column. The npz file holds 5,000 training and 1,000 test images of
-CIFAR-10, as `advmeta.data.load` reads them; without it that pair is left out.
+neither. There are weights for clean examples, for noisy ones, and for adversarial ones, which are
+remembered from an example's last gradient or made with one more (FGSM-RS); beside the first two
+stands the rule that they modulate, without them, whose constants were chosen on draws of the
+training parts of digits and CIFAR-10. An interrupted table goes on after its last whole column. The
+npz file holds 5,000 training and 1,000 test images of CIFAR-10, as `advmeta.data.load` reads them;
+without it that pair is left out.
 
     python -m benchmarks.transfer --render runs/transfer/records.jsonl
 
@@ -29,12 +30,8 @@ from rich.console import Console
 
 import advmeta
 from advmeta import environment
-from advmeta.evaluation.transfer import (
-    META_OPTIMIZER,
-    Cell,
-    MakeMetaOptimizer,
-    TransferConfig,
-)
+from advmeta.evaluation.transfer import META_OPTIMIZER, MakeMetaOptimizer
+from advmeta.evaluation.transfer_config import Cell, TransferConfig
 from advmeta.meta_optimizer.pretrained import weights_path
 from advmeta.report.style import COLORS, RC
 from advmeta.table_command import make_table
@@ -52,7 +49,7 @@ PAIRS = (
     Cell("Fashion, ResNet", "fashion_small", "resnet-4-8", 0.05),
     Cell("CIFAR-10, CNN", CIFAR, "cnn-8-16", 0.01),
 )
-ROWS = ("adam-no-decay", "adam", "adam-noisy", "vat", "adversarial", "fgsm-rs")
+ROWS = ("adam-no-decay", "adam", "adam-noisy", "remembered", "fgsm-rs", "vat", "adversarial")
 RIVALS = {
     ("adam, no decay", "clean"),
     ("adam", "clean"),
@@ -60,7 +57,13 @@ RIVALS = {
     ("adam", "adversarial"),
 }
 NOMINAL = "nominal rule"
-OURS = {"clean": "mixture", "noisy": "mixture-noisy", "fgsm-rs": "mixture-adversarial"}
+OURS = {
+    "clean": "mixture",
+    "noisy": "mixture-noisy",
+    "remembered": "mixture-adversarial",
+    "fgsm-rs": "mixture-adversarial",
+}
+WITH_NOMINAL = ("clean", "noisy")
 # Rows of the README's table: a name, gradients a step, the optimizer and its inner gradients, of
 # which the best of each column is shown; and colour and marker, where the figure shows it.
 SUMMARY = (
@@ -70,10 +73,12 @@ SUMMARY = (
     ("the same, noisy", 1, NOMINAL, ("noisy",), None),
     ("**`mixture`, clean**", 1, META_OPTIMIZER, ("clean",), ("meta", "d")),
     ("**`mixture-noisy`, noisy**", 1, META_OPTIMIZER, ("noisy",), ("meta", "D")),
-    ("VAT, tuned", 3, "adam", ("vat",), ("muted", "^")),
+    ("remembered perturbations, tuned", 1, "adam", ("remembered",), None),
+    ("**`mixture-adversarial`, remembered**", 1, META_OPTIMIZER, ("remembered",), ("meta", "P")),
     ("FGSM-RS training, tuned", 2, "adam", ("fgsm-rs",), None),
-    ("adversarial training, tuned", 8, "adam", ("adversarial",), ("adversarial", "^")),
     ("**`mixture-adversarial`, FGSM-RS**", 2, META_OPTIMIZER, ("fgsm-rs",), ("noisy", "D")),
+    ("VAT, tuned", 3, "adam", ("vat",), ("muted", "^")),
+    ("adversarial training, tuned", 8, "adam", ("adversarial",), ("adversarial", "^")),
 )
 
 
@@ -227,7 +232,7 @@ def measure(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
         optimizer = functools.partial(advmeta.load_meta_optimizer, name)
         records += _table(config, optimizer, folder / gradient, check=gradient == "clean")
-        if gradient == "fgsm-rs":
+        if gradient not in WITH_NOMINAL:
             continue
         optimizer = functools.partial(untrained, name)
         nominal = dataclasses.replace(config, rows=())

@@ -5,7 +5,8 @@ import importlib.metadata
 import pytest
 
 from advmeta import cli
-from advmeta.evaluation import baselines, transfer
+from advmeta.evaluation import baselines
+from advmeta.evaluation.transfer_config import TransferConfig
 from advmeta.meta_training_config import MetaTrainingConfig
 
 TINY = [
@@ -19,15 +20,15 @@ def test_no_options_are_the_defaults():
     assert cli.parse(["run"]) == cli.Run()
     assert cli.parse(["meta-train"]) == cli.MetaTrain(training=MetaTrainingConfig())
     every_row = tuple(baselines.ROWS)
-    assert cli.parse(["evaluate"]).table == transfer.TransferConfig(
-        rows=every_row, attack="autoattack"
-    )
+    assert cli.parse(["evaluate"]).table == TransferConfig(rows=every_row, attack="autoattack")
     assert cli.parse(["run"]).table.attack == "pgd"
 
 
 def test_the_quick_rows_are_made_by_a_run_and_every_row_by_evaluate():
     assert cli.parse(["run"]).table.rows == baselines.QUICK_ROWS
-    assert not {"trades", "fgsm-rs", "free", "yopo", "vat"} & set(baselines.QUICK_ROWS)
+    assert not {"trades", "fgsm-rs", "free", "remembered", "yopo", "vat"} & set(
+        baselines.QUICK_ROWS
+    )
     chosen = cli.parse(["run", "--table.rows", "adam", "free"]).table.rows
     assert chosen == ("adam", "free")
 

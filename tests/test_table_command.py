@@ -12,13 +12,14 @@ from rich.console import Console
 
 import advmeta
 from advmeta import cli, table_command
-from advmeta.evaluation import transfer
-from advmeta.evaluation.transfer import Cell, TransferConfig, transfer_cells
+from advmeta.evaluation.transfer import transfer_cells
+from advmeta.evaluation.transfer_config import Cell, TransferConfig
+from advmeta.evaluation.tuning import Entry
 from advmeta.table_command import make_table
 
 
-def make_entry(name: str) -> transfer.Entry:
-    return transfer.Entry(name, "clean", None, None, 0, 0)
+def make_entry(name: str) -> Entry:
+    return Entry(name, "clean", None, None, 0, 0)
 
 
 def make_task(epsilon: float) -> advmeta.Task:

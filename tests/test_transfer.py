@@ -11,8 +11,9 @@ import advmeta
 from advmeta.attacks.adaptive_boundary import _fab
 from advmeta.attacks.auto_pgd import _apgd
 from advmeta.attacks.square_attack import _square
-from advmeta.evaluation import baselines, transfer
+from advmeta.evaluation import baselines, transfer, tuning
 from advmeta.evaluation.stronger import autoattack_accuracy, with_autoattack
+from advmeta.evaluation.transfer_config import Cell, TransferConfig
 from advmeta.held_out import held_out_accuracy
 from advmeta.progress import TableProgress
 from advmeta.tasks import Task
@@ -66,15 +67,15 @@ def test_weight_decay_of_each_baseline_is_its_textbook_one(name):
 
 
 def test_a_cell_may_have_fewer_examples_to_tune_and_train_on():
-    cell = transfer.Cell("few", "digits", "linear", 0.1, train_examples=100)
-    tuning, task = transfer.make_tasks(transfer.TransferConfig(batch_size=16), cell)
+    cell = Cell("few", "digits", "linear", 0.1, train_examples=100)
+    tuning, task = transfer.make_tasks(TransferConfig(batch_size=16), cell)
     assert (len(tuning.train.y), len(tuning.held_out.y), len(task.train.y)) == (80, 20, 100)
     assert len(task.held_out.y) == len(advmeta.data.load("digits").test.y)
 
 
 def test_unknown_rows_list_the_known_ones():
     with pytest.raises(ValueError, match=r"rows=\['mart'\] are unknown; .*'adam', .*'trades'"):
-        transfer.TransferConfig(rows=("adam", "mart"))
+        TransferConfig(rows=("adam", "mart"))
 
 
 def tuned_adam(aim):
@@ -98,15 +99,15 @@ def tiny_table():
     small["sgd"] = small["sgd"]._replace(
         grid=baselines.grid((1e-3, 0.3, 1e-4), (0.0,), (0.0,), (1.0,))
     )
-    config = transfer.TransferConfig(
-        cells=(transfer.Cell("same architecture", "digits", "linear", 0.05),),
+    config = TransferConfig(
+        cells=(Cell("same architecture", "digits", "linear", 0.05),),
         rows=("adam-no-decay", "adam-noisy", "sgd", "adversarial", "free"),
         inner_steps=20, batch_size=32, seeds=2, tuning_seeds=1, attack_steps=5, restarts=1,
         attack="autoattack",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer, "with_autoattack", mark)  # the real one has a test of its own
-        patch.setattr(transfer, "BASELINES", small)
+        patch.setattr(tuning, "BASELINES", small)
         messages, kept = [], []
         ((records, curves),) = transfer.transfer_cells(
             config, tuned_adam, key=jax.random.key(0), report=messages.append,
@@ -119,19 +120,19 @@ def tiny_table():
 @pytest.mark.slow
 def test_chunks_of_a_grid_score_as_the_whole(monkeypatch):
     small = baselines.BASELINES["adam"]._replace(
-        grid=baselines.grid((1e-4, 3e-3, 1e-1), (0.0,), (0.0, 1.0), (1.0,))
+        grid=baselines.grid((1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0.0,), (0.0,), (1.0,))
     )
-    monkeypatch.setattr(transfer, "BASELINES", {"adam": small})
-    cell = transfer.Cell("few", "digits", "linear", 0.05, train_examples=200)
-    config = transfer.TransferConfig(inner_steps=20, batch_size=32, tuning_seeds=2)
+    monkeypatch.setattr(tuning, "BASELINES", {"adam": small})
+    cell = Cell("few", "digits", "linear", 0.05, train_examples=200)
+    config = TransferConfig(inner_steps=20, batch_size=32, tuning_seeds=2)
     task, _ = transfer.make_tasks(config, cell)
 
     def score(at_once):
-        monkeypatch.setattr(transfer, "MODELS_AT_ONCE", at_once)
-        transfer.score_grids.clear_cache()
-        return transfer.score_grids(config, ("adam",), task, jax.random.key(0))["adam"]
+        monkeypatch.setattr(tuning, "MODELS_AT_ONCE", at_once)
+        tuning.score_grids.clear_cache()
+        return tuning.score_grids(config, ("adam",), task, jax.random.key(0))["adam"]
 
-    whole, chunks = score(12), score(7)  # of six points, and of three
+    whole, chunks = score(14), score(6)  # of seven points, and thrice of three
     np.testing.assert_allclose(chunks, whole, atol=0.03)  # one of 40 examples, rounding apart
     assert np.abs(whole - whole[::-1]).max() > 0.1, whole  # so that a lost order would show
 

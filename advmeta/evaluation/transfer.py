@@ -1,138 +1,30 @@
 """The transfer table: models and data that the meta-optimizer has not met, against tuned rivals."""
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from advmeta import data, optimizees
 from advmeta.attacks.threat_model import ThreatModel
-from advmeta.evaluation.baselines import (
-    BASELINES,
-    QUICK_ROWS,
-    ROWS,
-    Choice,
-    choose,
-    make_one_of,
-)
+from advmeta.evaluation.baselines import Choice
 from advmeta.evaluation.curves import epsilon_curves, learning_curves, train_and_keep
 from advmeta.evaluation.stronger import with_autoattack
+from advmeta.evaluation.transfer_config import Cell, TransferConfig
+from advmeta.evaluation.tuning import Entry, Make, tune
 from advmeta.held_out import Accuracy, held_out_accuracy
-from advmeta.inner_gradients import RECIPES, InnerGradient, Recipe
+from advmeta.inner_gradients import RECIPES, InnerGradient
 from advmeta.meta_optimizer.features import Aim
 from advmeta.tasks import Task, aim_at
-from advmeta.types import Array, Key, Norm, PyTree
-from advmeta.unroll import train, with_replay
+from advmeta.types import Key, PyTree
+from advmeta.unroll import with_replay
 
 Progress = Callable[[str], None]
 META_OPTIMIZER = "meta-optimizer"  # its rows' name
-# Of a grid: a CNN on CIFAR-10, attacked on a thousand images, takes 0.13 GB.
-MODELS_AT_ONCE = 64
 MakeMetaOptimizer = Callable[[Aim], optax.GradientTransformation]
-Make = Callable[[Any, Task], tuple[optax.GradientTransformation, InnerGradient]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A column of the table: one architecture on one data set.
-
-    Args:
-      setting: what is new in it, for people.
-      dataset, optimizee, norm, epsilon: as in `TaskConfig`.
-      train_examples: drawn from the training set; None: all of it.
-    """
-
-    setting: str
-    dataset: str
-    optimizee: str
-    epsilon: float
-    norm: Norm = "linf"
-    train_examples: int | None = None
-
-    def __post_init__(self):
-        ThreatModel(self.norm, self.epsilon)
-        optimizees.by_name(self.optimizee)
-
-
-CELLS = (
-    Cell("same architecture", "digits", "mlp-20", 0.1),
-    Cell("wider", "digits", "mlp-40", 0.1),
-    Cell("deeper", "digits", "mlp-20-20", 0.1),
-    Cell("other activation", "digits", "mlp-20-tanh", 0.1),
-    Cell("CNN", "digits", "cnn-4-8", 0.1),
-    Cell("other data set", "fashion_small", "mlp-20", 0.05),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class TransferConfig:
-    """How the table is made.
-
-    Args:
-      cells: its columns.
-      rows: names of its rows, of `baselines.ROWS`; the meta-optimizer's come after them.
-      inner_gradients: of the meta-optimizer's rows, of `RECIPES`; the first one's models are those
-        that are looked at closely.
-      inner_steps: of every row alike.
-      batch_size: examples an inner step.
-      seeds: models trained for each entry; mean and spread are over them.
-      tuning_seeds: models trained for each point of a baseline's grid; more where it is small.
-      validation: fraction of the training set on which the grid is judged.
-      attack: what gives robust accuracy on the test set, "pgd" or "autoattack"; the second, its
-        standard version, comes with PGD's number beside it.
-      attack_steps, restarts: of that PGD, which raises the margin.
-    """
-
-    cells: tuple[Cell, ...] = CELLS
-    rows: tuple[str, ...] = QUICK_ROWS
-    inner_gradients: tuple[str, ...] = ("clean",)
-    inner_steps: int = 200
-    batch_size: int = 128
-    seeds: int = 3
-    tuning_seeds: int = 2
-    validation: float = 0.2
-    attack: Literal["pgd", "autoattack"] = "pgd"
-    attack_steps: int = 40
-    restarts: int = 3
-
-    def __post_init__(self):
-        unknown = [name for name in self.rows if name not in ROWS]
-        if unknown:
-            raise ValueError(f"rows={unknown} are unknown; the known ones are {list(ROWS)}")
-        unknown = [name for name in self.inner_gradients if name not in RECIPES]
-        if unknown or not self.inner_gradients:
-            raise ValueError(
-                f"inner_gradients={self.inner_gradients}: {unknown or 'none'} cannot be used; the "
-                f"known ones are {list(RECIPES)}, and there must be at least one"
-            )
-        if self.attack not in ("pgd", "autoattack"):
-            raise ValueError(f"attack={self.attack!r} is unknown; write 'pgd' or 'autoattack'")
-        for name in ("inner_steps", "seeds", "tuning_seeds", "attack_steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-
-    @property
-    def entries(self) -> int:
-        """Rows, the meta-optimizer's too."""
-        return len(self.rows) + len(self.inner_gradients)
-
-
-class Entry(NamedTuple):
-    """A row in a cell, with the hyperparameters that were chosen for it there."""
-
-    optimizer: str
-    inner_gradient: str
-    make: Make  # entries with the same one are compiled once
-    choice: Choice | None  # scalars; None: there is nothing to tune
-    recipe: Recipe  # for its cost
-    tuning_runs: int
 
 
 def transfer_cells(
@@ -217,67 +109,6 @@ def make_tasks(config: TransferConfig, cell: Cell) -> tuple[Task, Task]:
         batch_size=config.batch_size,
     )
     return make(rest, validation), make(dataset.train, dataset.test)
-
-
-def tune(config: TransferConfig, task: Task, key: Key) -> list[Entry]:
-    """The best point of each row's grid, by robust accuracy on the held-out part of the task."""
-    rows = [ROWS[name] for name in config.rows]
-    groups = {BASELINES[row.baseline].recipe: [] for row in rows}
-    for name in dict.fromkeys(row.baseline for row in rows):
-        groups[BASELINES[name].recipe].append(name)
-    # XLA compiles a program on one core, so several at a time; run, each takes all the memory.
-    with ThreadPoolExecutor() as pool:
-        programs = pool.map(
-            lambda names: score_grids.lower(config, tuple(names), task, key).compile(),
-            groups.values(),
-        )
-    scores = {name: score for program in programs for name, score in program(task, key).items()}
-    makes = {
-        recipe: functools.partial(make_one_of, names, config.inner_steps)
-        for recipe, names in groups.items()
-    }
-    entries = []
-    for row in rows:
-        baseline = BASELINES[row.baseline]
-        which = jnp.int32(groups[baseline.recipe].index(row.baseline))
-        choice = Choice(which, choose(baseline.grid, scores[row.baseline], row.belongs))
-        points = int(row.belongs(baseline.grid).sum())
-        runs = points * config.tuning_seeds * baseline.repeats
-        make, recipe = makes[baseline.recipe], RECIPES[baseline.recipe]
-        entries.append(Entry(row.optimizer, row.inner_gradient, make, choice, recipe, runs))
-    return entries
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def score_grids(
-    config: TransferConfig, names: tuple[str, ...], task: Task, key: Key
-) -> dict[str, Array]:
-    """Robust validation accuracy of every point of some baselines' grids, [g] each.
-
-    The baselines have the same recipe and repeats.
-    """
-    baselines = [BASELINES[name] for name in names]
-
-    def run(choice: Choice, key: Key) -> Array:
-        train_key, attack_key = jax.random.split(key)
-        optimizer, inner_gradient = make_one_of(names, config.inner_steps, choice, task)
-        params, _ = train(
-            task, optimizer, train_key, steps=config.inner_steps, inner_gradient=inner_gradient
-        )
-        return held_out_accuracy(task, params, attack_key, attack_steps=20, restarts=1).robust
-
-    keys = jax.random.split(key, config.tuning_seeds * baselines[0].repeats)
-    grids = [baseline.grid for baseline in baselines]
-    points = jax.tree.map(lambda *axes: jnp.concatenate(axes), *grids)
-    sizes = [len(grid.noise) for grid in grids]
-    choices = Choice(jnp.array(np.repeat(np.arange(len(names)), sizes)), points)
-    # Seeds are the inner axis: what they draw is drawn once for all points of a chunk.
-    over_seeds = jax.vmap(run, in_axes=(None, 0))
-    most = max(1, MODELS_AT_ONCE // len(keys))
-    chunk = max(n for n in range(1, most + 1) if sum(sizes) % n == 0)
-    scores = jax.lax.map(lambda choice: over_seeds(choice, keys), choices, batch_size=chunk)
-    scores = scores.mean(axis=-1)
-    return dict(zip(names, jnp.split(scores, np.cumsum(sizes)[:-1]), strict=True))
 
 
 def compile_trainings(
