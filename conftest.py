@@ -34,6 +34,16 @@ def doctest_names(doctest_namespace):
     doctest_namespace.update(advmeta=advmeta, jax=jax, jnp=jnp, optax=optax)
 
 
+@pytest.fixture(autouse=True)
+def pages_compile_fast(request):
+    """The examples on pages train a few small models: compiling takes longer than running."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    fast = request.node.path.suffix == ".md"
+    jax.config.update("jax_disable_most_optimizations", before or fast)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_memory_maps():
     """A compiled program takes hundreds of memory maps, and Linux allows a process 65,530."""

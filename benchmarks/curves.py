@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 
 import jax
@@ -93,8 +94,9 @@ def plot(axis: str, tables: dict[str, list[dict]], path: pathlib.Path) -> None:
             ax.set_ylabel("robust accuracy, AutoAttack")
             ax.grid(axis="y")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=2 * len(tables))
-        figure.tight_layout(rect=(0, 0.2, 1, 1))
+        columns = 2 * len(tables)
+        figure.legend(handles, labels, loc="lower center", ncols=columns)
+        figure.tight_layout(rect=(0, 0.043 * math.ceil(len(labels) / columns), 1, 1))
         figure.savefig(path, dpi=130)
 
 

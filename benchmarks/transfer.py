@@ -74,7 +74,7 @@ SUMMARY = (
     ("**`mixture`, clean**", 1, META_OPTIMIZER, ("clean",), ("meta", "d")),
     ("**`mixture-noisy`, noisy**", 1, META_OPTIMIZER, ("noisy",), ("meta", "D")),
     ("remembered perturbations, tuned", 1, "adam", ("remembered",), None),
-    ("**`mixture-adversarial`, remembered**", 1, META_OPTIMIZER, ("remembered",), ("meta", "P")),
+    ("**`mixture-adversarial`, remembered**", 1, META_OPTIMIZER, ("remembered",), ("noisy", "P")),
     ("FGSM-RS training, tuned", 2, "adam", ("fgsm-rs",), None),
     ("**`mixture-adversarial`, FGSM-RS**", 2, META_OPTIMIZER, ("fgsm-rs",), ("noisy", "D")),
     ("VAT, tuned", 3, "adam", ("vat",), ("muted", "^")),
@@ -141,7 +141,7 @@ def plot(records: list[dict], path: pathlib.Path) -> None:
         ax.set(ylabel="robust accuracy, AutoAttack", ylim=(0, None))
         ax.grid(axis="y")
         figure.legend(loc="lower center", ncols=3)
-        figure.tight_layout(rect=(0, 0.13, 1, 1))
+        figure.tight_layout(rect=(0, 0.16, 1, 1))
         figure.savefig(path, dpi=130)
         plt.close(figure)
 

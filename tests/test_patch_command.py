@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
+from fixtures.tiny import compile_fast as compile_fast
 
 import advmeta
 from advmeta import cli

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fixtures.tiny import compile_fast as compile_fast
 from flax import nnx
 
 import advmeta
