@@ -109,8 +109,9 @@ def remembered() -> StatefulGradient:
     i are the examples of the batch, and delta_i is zero until an example was drawn once. One
     backward pass is for the weights and for the perturbations, as in `free`; but a perturbation
     stays with its example, and no batch has to be kept. An inner step costs 1 gradient evaluation.
-    The state is as large as ``task.train.x`` and in its order. All batches together should be
-    several times the training set: what is drawn for the first time is clean.
+    The state is as large as ``task.train.x`` and in its order. Each example should be drawn often:
+    the first time it is clean, and what it remembers is as old as its last visit. 13 visits were
+    enough in what we measured, 5 were not.
 
     Returns:
       A `StatefulGradient`; `advmeta.train` and `advmeta.unroll.unroll` carry its state.
