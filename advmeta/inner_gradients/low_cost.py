@@ -131,8 +131,8 @@ def remembered() -> StatefulGradient:
 
     Reference:
       The memory is that of Zheng et al. 2020, Efficient Adversarial Training with Transferable
-      Adversarial Examples, section 4.2 (arXiv:1912.11969), who attack anew from where it points;
-      the one backward pass that of Shafahi et al. 2019, algorithm 1 (arXiv:1904.12843).
+      Adversarial Examples (arXiv:1912.11969), who attack anew from where it points; the one
+      backward pass that of Shafahi et al. 2019, algorithm 1 (arXiv:1904.12843).
     """
 
     def init(task: Task) -> Array:
