@@ -23,7 +23,7 @@ from fixtures.linear_model import (
     project,
     random_start,
     softmax,
-)  # fmt: skip
+)
 from fixtures.tiny import compile_fast as compile_fast
 from fixtures.tiny import random_like, tiny_task
 

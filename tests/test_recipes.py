@@ -24,7 +24,7 @@ from fixtures.linear_model import (
     linear_gradient,
     predict,
     project,
-)  # fmt: skip
+)
 from fixtures.tiny import compile_fast as compile_fast
 from fixtures.tiny import random_like, tiny_family, tiny_task
 from jax.extend.core import jaxprs_in_params

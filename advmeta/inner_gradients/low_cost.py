@@ -101,7 +101,7 @@ def free(m: int = 8) -> StatefulGradient:
 
 
 def remembered() -> StatefulGradient:
-    """Adversarial training at the cost of clean training: each example remembers its perturbation.
+    """Adversarial training with one gradient a step: each example remembers its perturbation.
 
     ``g_t = grad_theta mean_i CE(f_theta(x_i + delta_i), y_i)``,
     ``delta_i <- Project( delta_i + epsilon steepest( grad_x CE(f_theta(x_i + delta_i), y_i) ) )``
@@ -109,9 +109,8 @@ def remembered() -> StatefulGradient:
     i are the examples of the batch, and delta_i is zero until an example was drawn once. One
     backward pass is for the weights and for the perturbations, as in `free`; but a perturbation
     stays with its example, and no batch has to be kept. An inner step costs 1 gradient evaluation.
-    The state is as large as ``task.train.x`` and in its order. Each example should be drawn often:
-    the first time it is clean, and what it remembers is as old as its last visit. 13 visits were
-    enough in what we measured, 5 were not.
+    The state is as large as ``task.train.x`` and in its order. An example that is drawn for the
+    first time is clean, and what it remembers is as old as its last visit.
 
     Returns:
       A `StatefulGradient`; `advmeta.train` and `advmeta.unroll.unroll` carry its state.
