@@ -227,7 +227,13 @@ def _restart_finished(config, families, meta_params, lanes, key) -> tuple[tuple[
         lost = ~jnp.isfinite(optax.tree.norm([inner.params for inner in twins]))
         fresh = new_lane(config, family, meta_params, key)
         over = lost | (lane.inner.step >= lane.horizon)
-        return jax.tree.map(lambda new, old: jnp.where(over, new, old), fresh, lane), lost
+        choose = functools.partial(jax.tree.map, lambda new, old: jnp.where(over, new, old))
+        chosen = choose(fresh, lane)
+        if lane.persistent:
+            # From what was chosen: XLA may compute what is fresh twice, a rounding apart.
+            twin = choose(chosen.inner, lane.persistent.twin)
+            chosen = chosen._replace(persistent=chosen.persistent._replace(twin=twin))
+        return chosen, lost
 
     restarted, lost = [], []
     keys = jax.random.split(key, len(families))

@@ -156,9 +156,7 @@ def test_twins_part_in_an_episode_and_meet_where_the_next_one_starts(estimator):
         xi = lane.persistent.perturbation["lstm"]["readout"]["kernel"]
         for i, t in enumerate(lane.inner.step.tolist()):
             assert lane.persistent.twin.step[i] == t
-            # XLA may compute their start twice, a rounding apart.
-            together = np.allclose(kernel[i], twin[i], rtol=1e-6, atol=0)
-            assert (t == 0) == together == (not np.any(xi[i]))
+            assert (t == 0) == np.array_equal(kernel[i], twin[i]) == (not np.any(xi[i]))
             seen.add(t)
     assert seen == {0, 2}
 
