@@ -158,7 +158,9 @@ class Averaged(NamedTuple):
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # optax's name
 
 
-def with_average(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def with_average(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
     """The same updates; its state has the polynomially weighted average of the parameters.
 
     Reference:
@@ -169,15 +171,17 @@ def with_average(optimizer: optax.GradientTransformation) -> optax.GradientTrans
     def init(params: Params) -> Averaged:
         return Averaged(optimizer.init(params), params, jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params: Params = None):
-        updates, inner = optimizer.update(updates, state.inner, params)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(updates, state, params: Params = None, **extra_args):
+        updates, inner = optimizer.update(updates, state.inner, params, **extra_args)
         count = state.count + 1
         weight = (AVERAGING_POWER + 1) / (count + AVERAGING_POWER)
         now = optax.apply_updates(params, updates)
         average = optax.incremental_update(now, state.average, weight)
         return updates, Averaged(inner, average, count)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "steps"))

@@ -79,7 +79,8 @@ def unroll(
 ) -> tuple[InnerState, Trajectory]:
     """Takes inner steps: gradient, update, apply.
 
-    ``g_t = inner_gradient(theta_t)``,  ``u_t, s_{t+1} = optimizer.update(g_t, s_t, theta_t)``,
+    ``l_t, g_t = inner_gradient(theta_t)``,
+    ``u_t, s_{t+1} = optimizer.update(g_t, s_t, theta_t, value=l_t)``,
     ``theta_{t+1} = theta_t + u_t``
 
     Step t draws from ``fold_in(key, t)`` with t counted from the start of the episode: an episode
@@ -113,7 +114,7 @@ def unroll(
       >>> bool(trajectory.loss[-10:].mean() < 0.5 * trajectory.loss[0])
       True
     """
-    inner_gradient = stateful(inner_gradient)
+    inner_gradient, optimizer = stateful(inner_gradient), optax.with_extra_args_support(optimizer)
     _check_gradient_state(task, inner_gradient, state)
     if steps % every:
         raise ValueError(f"every={every} must divide steps={steps}")
@@ -122,8 +123,8 @@ def unroll(
         loss, gradient, gradient_state = inner_gradient.apply(
             task, state.params, gradient_key, state.gradient_state
         )
-        gradient = checkpoint_name(gradient, CONSTANT)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        loss, gradient = checkpoint_name((loss, gradient), CONSTANT)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradient)
         return InnerState(params, opt_state, state.step + 1, gradient_state), (loss, norm)

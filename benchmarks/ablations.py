@@ -18,7 +18,7 @@ import jax
 
 from advmeta import MetaTrainingConfig, TaskConfig, meta_train
 from advmeta.meta_loss import MetaLossConfig
-from advmeta.meta_optimizer import FEATURES, MetaOptimizerConfig, init_meta_params
+from advmeta.meta_optimizer import DEFAULT_FEATURES, MetaOptimizerConfig, init_meta_params
 from advmeta.meta_training import evaluate
 
 BASE = MetaTrainingConfig(
@@ -32,7 +32,7 @@ BASE = MetaTrainingConfig(
 
 def without(*names: str) -> MetaTrainingConfig:
     """The base without some features."""
-    seen = tuple(name for name in FEATURES if name not in names)
+    seen = tuple(name for name in DEFAULT_FEATURES if name not in names)
     return dataclasses.replace(BASE, meta_optimizer=MetaOptimizerConfig(features=seen))
 
 

@@ -3,10 +3,10 @@
     pip install -e '.[benchmarks]'
     python -m benchmarks.meta_step
 
-An MLP 784-20-10 on Fashion-MNIST, batch 128, an LSTM of 2x20 units, a truncation of 20 inner
-steps, float32, fresh weights. Timed is a whole truncation, forward in theta and back to
-d meta-loss / d phi, and divided by 20. The meta-loss of the peers, and of "advmeta, the same
-work", is the sum of the losses whose gradients the LSTM gets, and its only features are the
+An MLP 784-20-10 on Fashion-MNIST, batch 128, an LSTM of 2x20 units, a truncation of 20 inner steps,
+float32, fresh weights, all on JAX's default device. Timed is a whole truncation, forward in theta
+and back to d meta-loss / d phi, and divided by 20. The meta-loss of the peers, and of "advmeta, the
+same work", is the sum of the losses whose gradients the LSTM gets, and its only features are the
 gradient's logarithm and sign. Two more rows are what advmeta does beyond it: all features and Adam
 within the update ("all features"), and a batch of held-out examples attacked by PGD with 5 steps
 after each inner step, whose loss is the meta-loss ("as trained": `advmeta.outer_step`).
@@ -97,16 +97,20 @@ def naive_truncation(problem: advmeta.Task, steps: int):
 def torch_truncations(problem: advmeta.Task, steps: int) -> dict:
     params, (x, y) = start(problem, steps)
     theta = torch_lstm.flatten(params)
-    x = torch.from_numpy(np.array(x)).flatten(2)
-    batches = list(zip(x, torch.from_numpy(np.array(y)).long(), strict=True))
+    device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
+    theta = theta.to(device)
+    x = torch.from_numpy(np.array(x)).flatten(2).to(device)
+    batches = list(zip(x, torch.from_numpy(np.array(y)).long().to(device), strict=True))
     torch.manual_seed(0)
-    lstm = torch_lstm.CoordinateWise()
-    state = lstm.init(len(theta))
+    lstm = torch_lstm.CoordinateWise().to(device)
+    state = tuple(part.to(device) for part in lstm.init(len(theta)))
 
     def contender(truncation, step):
         def run():
             lstm.zero_grad()
             truncation(step, theta, state, batches)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
 
         return run
 

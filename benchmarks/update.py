@@ -6,16 +6,16 @@ One square matrix of each size and a fresh state, which is donated as a training
 gradient and the parameters stay. Beside the default configuration, one layer of 8 units: two layers
 of 20, the size of the published one; both with their memory in bfloat16; `optax.adam`; and the
 naive JAX version, of the published size, whose LSTM sees the gradient alone ("advmeta, the same
-work"). The limits are measured in the same turns: the rate of a large matrix product, for the 2
-FLOP of each weight and coordinate, and that of adding 1 to a large array, for the state read once
-and written once (a state that fits into the cache can be faster). A program that would need more
-than --gigabytes is left out.
+work"). On a GPU also with the LSTM's step as one Pallas kernel. The limits are measured in the same
+turns: the rate of a large matrix product, for the 2 FLOP of each weight and coordinate, and that of
+adding 1 to a large array, for the state read once and written once (a state that fits into the
+cache can be faster). A program that would need more than --gigabytes is left out.
 """
 
 import argparse
 import functools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +50,14 @@ def naive() -> Contender:
     return Contender(optax.GradientTransformation(init, update), _numbers(phi))
 
 
-def ours(**options) -> Contender:
+def ours(kernel: Literal["xla", "pallas"] = "xla", **options) -> Contender:
     config = MetaOptimizerConfig(**options)
     phi = init_meta_params(config, KEY)
-    return Contender(scale_by_meta_optimizer(phi, config), _numbers(phi))
+    return Contender(scale_by_meta_optimizer(phi, config, kernel=kernel), _numbers(phi))
 
 
 def contenders() -> dict[str, Contender]:
-    return {
+    found = {
         "advmeta": ours(),
         "advmeta, the same work": ours(hidden=PUBLISHED, features=("log_sign",)),
         "advmeta, memory in bfloat16": ours(memory_dtype="bfloat16"),
@@ -66,6 +66,10 @@ def contenders() -> dict[str, Contender]:
         "naive JAX": naive(),
         "optax.adam": Contender(optax.adam(1e-3), 0),
     }
+    if jax.default_backend() == "gpu":
+        found["advmeta, Pallas"] = ours("pallas")
+        found["advmeta, two layers of 20, Pallas"] = ours("pallas", hidden=PUBLISHED)
+    return found
 
 
 def program(optimizer: optax.GradientTransformation, size: int):

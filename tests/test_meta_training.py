@@ -67,10 +67,10 @@ def equal(a, b):
 
 
 def test_meta_gradient_agrees_with_finite_differences():
-    # Nothing is differentiated through the gradients that enter the LSTM nor through the attack, so
-    # the derivative is that of a run in which both stay as they are at phi: they are recorded there
-    # and replayed while phi moves. That run is written as a Python loop. The pull and the reach
-    # count as constants, too, and are left out.
+    # Nothing is differentiated through the losses and gradients that enter the LSTM nor through the
+    # attack, so the derivative is that of a run in which they stay as they are at phi: they are
+    # recorded there and replayed while phi moves. That run is written as a Python loop. The pull
+    # and the reach count as constants, too, and are left out.
     seen = tuple(name for name in FEATURES if name not in ("jacobian", "reach"))
     with jax.enable_x64(True):
         pool = tiny_pool(dtype=np.float64)
@@ -105,16 +105,16 @@ def test_meta_gradient_agrees_with_finite_differences():
                 draw_key, attack_key = jax.random.split(evaluation_key)
                 batch = draw(task.held_out, draw_key, 4)
                 if recorded is None:
-                    _, gradient = inner_gradients.clean(task, params, gradient_key)
+                    value, gradient = inner_gradients.clean(task, params, gradient_key)
                 else:
-                    gradient, moved = recorded[t]
-                updates, opt_state = optimizer.update(gradient, opt_state, params)
+                    value, gradient, moved = recorded[t]
+                updates, opt_state = optimizer.update(gradient, opt_state, params, value=value)
                 params = optax.apply_updates(params, updates)
                 if recorded is None:
                     moved = attacked(task, params, batch, attack_key, 2, margin)
                 loss += mean_cross_entropy(task, params, moved) / 3
                 loss += 0.5 * mean_cross_entropy(task, params, batch) / 3
-                record.append((gradient, moved))
+                record.append((value, gradient, moved))
             return loss, record
 
         objective = functools.partial(run_truncation, config, family)

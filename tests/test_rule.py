@@ -17,7 +17,7 @@ from fixtures.tiny import compile_fast as compile_fast
 from fixtures.tiny import random_meta_params
 
 from advmeta.meta_optimizer import (
-    FEATURES,
+    DEFAULT_FEATURES,
     Aim,
     MetaOptimizerConfig,
     inputs,
@@ -26,13 +26,13 @@ from advmeta.meta_optimizer import (
 )
 from advmeta.meta_optimizer.layers import layer_positions
 
-WITHOUT_REACH = tuple(name for name in FEATURES if name != "reach")
+WITHOUT_REACH = tuple(name for name in DEFAULT_FEATURES if name != "reach")
 
 
 @pytest.mark.parametrize(
     ("seen", "horizon", "paces"),
     [
-        (FEATURES[:5], 8, [1, 1, 1, 1]),  # which is not told the time
+        (DEFAULT_FEATURES[:5], 8, [1, 1, 1, 1]),  # which is not told the time
         # A third, warmed up over 40 steps.
         (WITHOUT_REACH, None, [1 / 120, 2 / 120, 3 / 120, 4 / 120]),
         # sin^2(pi/2 (1 - t/2)) = 1, 1/2, 0, and nothing after the horizon.
@@ -166,7 +166,7 @@ def test_the_reach_is_one_where_it_is_not_known(params):
     # Of a model that normalises, and of one without a kernel.
     leaves = jax.tree.leaves(params)
     positions = layer_positions(params)
-    reach, _ = inputs.look_at_jacobian(FEATURES, Aim(0.3), leaves, positions)
+    reach, _ = inputs.look_at_jacobian(DEFAULT_FEATURES, Aim(0.3), leaves, positions)
     assert float(reach) == 1
 
 

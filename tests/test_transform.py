@@ -27,7 +27,7 @@ from fixtures.tiny import random_meta_params
 from optax._src.base import NO_PARAMS_MSG
 
 from advmeta.meta_optimizer import (
-    FEATURES,
+    DEFAULT_FEATURES,
     MetaOptimizerConfig,
     scale_by_meta_optimizer,
 )
@@ -42,7 +42,7 @@ CONFIGS = {
     "layer": MetaOptimizerConfig((2,), ("layer",)),
     "reach": MetaOptimizerConfig((2,), ("adam", "reach")),
     "log_sign+adam": MetaOptimizerConfig((2,), ("log_sign", "adam")),
-    "all": MetaOptimizerConfig((2, 3), FEATURES, regularisation=0.1),
+    "all": MetaOptimizerConfig((2, 3), DEFAULT_FEATURES, regularisation=0.1),
     "short memory": MetaOptimizerConfig((2, 3), ("log_sign", "adam"), memory_dtype="bfloat16"),
 }
 OPTIMIZERS = [*CONFIGS, "optax.adam"]
@@ -389,7 +389,7 @@ def test_no_gradient_flows_through_the_gradients():
 def test_weights_that_do_not_fit_are_named():
     config = CONFIGS["all"]
     meta_params = random_meta_params(config)
-    wider = MetaOptimizerConfig((2, 4), FEATURES)
+    wider = MetaOptimizerConfig((2, 4), DEFAULT_FEATURES)
     with pytest.raises(ValueError, match=r"\['lstm'\]\['own_1'\]\['bias'\] has shape \(12,\), but "
                                          r"the config needs \(16,\)"):  # fmt: skip
         scale_by_meta_optimizer(meta_params, wider)
@@ -399,3 +399,31 @@ def test_weights_that_do_not_fit_are_named():
     extra = random_meta_params(config) | {"more": np.zeros(3)}
     with pytest.raises(ValueError, match=r"\['more'\] has shape \(3,\).* needs None"):
         scale_by_meta_optimizer(extra, config)
+
+
+def test_the_loss_comes_through_what_optax_wraps_around():
+    config = MetaOptimizerConfig((2,), ("adam", "loss"))
+    ours = scale_by_meta_optimizer(random_meta_params(config), config)
+    gradient = at(GRADIENTS_T, 0)
+    state = ours.init(PARAMS)
+
+    def update(optimizer, state, loss):
+        return jax.jit(optimizer.update)(gradient, state, PARAMS, value=loss)[0]
+
+    low, high = (update(ours, state, np.float32(loss)) for loss in (0.1, 3.0))
+    differences = jax.tree.map(lambda a, b: abs(a - b).max(), low, high)
+    assert min(jax.tree.leaves(differences)) > 1e-4
+    for wrapped in (
+        optax.chain(optax.clip_by_global_norm(1e6), ours),
+        optax.MultiSteps(ours, 1),
+        optax.apply_if_finite(ours, 2),
+        optax.masked(ours, jax.tree.map(lambda _: True, PARAMS)),
+    ):
+        assert_close(update(wrapped, wrapped.init(PARAMS), np.float32(3.0)), high)
+
+
+def test_without_the_loss_it_says_how_to_pass_it():
+    config = MetaOptimizerConfig((2,), ("adam", "loss"))
+    ours = scale_by_meta_optimizer(random_meta_params(config), config)
+    with pytest.raises(ValueError, match=r"'loss'.*value=loss"):
+        ours.update(at(GRADIENTS_T, 0), ours.init(PARAMS), PARAMS)

@@ -18,9 +18,11 @@ OPTIMIZEE = optimizees.mlp((3,), "tanh", 3)
 TASK = tiny_task(OPTIMIZEE, replay=1 - tiny_pool().x[:16])
 CONFIG = MetaOptimizerConfig(hidden=(2,))
 META_PARAMS = random_meta_params(CONFIG)
+LOSS = MetaOptimizerConfig((2,), ("adam", "loss"))
 OPTIMIZERS = {
     "optax.adam": optax.adam(0.05),
     "meta": scale_by_meta_optimizer(META_PARAMS, CONFIG),
+    "meta, loss": scale_by_meta_optimizer(random_meta_params(LOSS), LOSS),
 }
 INNER_GRADIENTS = {
     "clean": inner_gradients.clean,
@@ -75,7 +77,8 @@ def compiled_gradient(name):
 
 @functools.cache
 def compiled_update(name):
-    return jax.jit(OPTIMIZERS[name].update)
+    update = optax.with_extra_args_support(OPTIMIZERS[name]).update
+    return jax.jit(lambda g, state, params, loss: update(g, state, params, value=loss))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -85,7 +88,7 @@ def test_unroll_is_a_python_loop(optimizer, gradient):
     for t in range(STEPS):
         gradient_key, _ = jax.random.split(jax.random.fold_in(KEY, t))
         loss, g = compiled_gradient(gradient)(TASK, params, gradient_key)
-        updates, opt_state = compiled_update(optimizer)(g, opt_state, params)
+        updates, opt_state = compiled_update(optimizer)(g, opt_state, params, loss)
         params = jax.tree.map(np.add, params, updates)
         losses.append(loss)
         norms.append(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(g))))

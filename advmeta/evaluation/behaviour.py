@@ -32,7 +32,7 @@ class Moves(NamedTuple):
 
 def watched(
     optimizers: Sequence[optax.GradientTransformation],
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The first of the optimizers; its state is `Moves`, with what the others would have done."""
 
     def init(params: Params) -> Moves:
@@ -40,15 +40,15 @@ def watched(
         nothing = jax.tree.map(jnp.zeros_like, params)
         return Moves(states, params, nothing, (nothing,) * len(optimizers))
 
-    def update(updates, state, params: Params = None):
+    def update(updates, state, params: Params = None, **extra_args):
         pairs = [
-            optimizer.update(updates, each, params)
+            optax.with_extra_args_support(optimizer).update(updates, each, params, **extra_args)
             for optimizer, each in zip(optimizers, state.states, strict=True)
         ]
         made, states = zip(*pairs, strict=True)
         return made[0], Moves(states, params, updates, made)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def behaviour(

@@ -1,5 +1,6 @@
 """The meta-optimizer: features -> LSTM -> update, as an optax transformation."""
 
+from advmeta.meta_optimizer.features import DEFAULT_FEATURES as DEFAULT_FEATURES
 from advmeta.meta_optimizer.features import FEATURES as FEATURES
 from advmeta.meta_optimizer.features import Aim as Aim
 from advmeta.meta_optimizer.rule import MetaOptimizerConfig as MetaOptimizerConfig

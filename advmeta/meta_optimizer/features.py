@@ -13,8 +13,11 @@ from jax.typing import ArrayLike
 from advmeta.meta_optimizer.layers import LayerPosition
 from advmeta.types import Array, Norm
 
-FEATURES = ("log_sign", "adam", "parameter", "jacobian", "layer", "aim", "reach", "time")
+# What every optax update is given, and the loss, which it is given where it is asked for.
+DEFAULT_FEATURES = ("log_sign", "adam", "parameter", "jacobian", "layer", "aim", "reach", "time")
+FEATURES = (*DEFAULT_FEATURES, "loss")
 TYPICAL_EPSILON = {"linf": 0.1, "l2": 1.0}
+TYPICAL_LOSS = 0.3  # of a model that learns, in units of that of a guess
 WARM_UP = 40  # inner steps
 
 
@@ -124,6 +127,13 @@ def check_norm(norm: str) -> None:
 def reach_features(reach: Array) -> Array:
     """Log of the nats that the adversary moves a logit by, see `inputs.look_at_jacobian`. [1]"""
     return jnp.log(reach + 1e-2)[None] / 2
+
+
+def loss_features(loss: Array, positions: list[LayerPosition]) -> Array:
+    """Log of the loss in units of 0.3 times that of a guess, ``log k`` of k outputs. [1]"""
+    outputs = [p.fan_out for p in positions if p.last and not p.bias]
+    guess = math.log(max([2, *outputs]))
+    return jnp.log(loss / (TYPICAL_LOSS * guess) + 0.1)[None]
 
 
 def time_features(aim: Aim, count: Array) -> Array:

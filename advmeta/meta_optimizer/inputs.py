@@ -9,6 +9,7 @@ from advmeta.meta_optimizer.features import (
     aim_features,
     layer_features,
     log_sign,
+    loss_features,
     over_coordinates,
     parameter_features,
     reach_features,
@@ -80,7 +81,14 @@ def look_at_jacobian(
     return jnp.asarray(aim.epsilon, gain.dtype) * gain if known else unknown, pulls
 
 
-def situation(chosen: tuple[str, ...], aim: Aim, count: Array, reach: Array) -> tuple[Array, ...]:
+def situation(
+    chosen: tuple[str, ...],
+    aim: Aim,
+    count: Array,
+    reach: Array,
+    loss: Any,
+    positions: list[LayerPosition],
+) -> tuple[Array, ...]:
     """The features that all coordinates share, as one array [f], if any are chosen."""
     parts = []
     if "aim" in chosen:
@@ -89,4 +97,6 @@ def situation(chosen: tuple[str, ...], aim: Aim, count: Array, reach: Array) -> 
         parts.append(reach_features(reach))
     if "time" in chosen:
         parts.append(time_features(aim, count))
+    if "loss" in chosen:
+        parts.append(loss_features(loss, positions))
     return (jnp.concatenate(parts),) if parts else ()

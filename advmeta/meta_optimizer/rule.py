@@ -38,8 +38,9 @@ class MetaOptimizerConfig:
         "parameter" (in units of its tensor's RMS), "jacobian" (the pull of `jacobian`), "layer"
         (position, fan-in, fan-out, RMS, RMS of the gradient, row and column means; layers,
         convolutions and normalisations of the model), "aim" (norm and epsilon), "reach" (how far
-        the adversary moves the logits), "time" (steps taken and left). "parameter", "jacobian",
-        "layer", "reach" and regularisation need ``params`` in ``update``.
+        the adversary moves the logits), "time" (steps taken and left), "loss" (whose gradient it
+        is). "parameter", "jacobian", "layer", "reach" and regularisation need ``params`` in
+        ``update``, "loss" needs ``value``. By default all but "loss".
       learning_rate: eta, the step of the nominal Adam that the LSTM modulates. With the feature
         "time" it is warmed up over 40 steps, or a fifth of the horizon, and falls to zero as a half
         cosine; where the horizon is not known it stays at a third.
@@ -55,7 +56,7 @@ class MetaOptimizerConfig:
     """
 
     hidden: tuple[int, ...] = (8,)
-    features: tuple[str, ...] = features.FEATURES
+    features: tuple[str, ...] = features.DEFAULT_FEATURES
     learning_rate: float = 0.035
     regularisation: float = 0.02
     pull: float = 0.64

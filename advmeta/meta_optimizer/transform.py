@@ -21,6 +21,10 @@ from advmeta.types import Array, Key, MetaParams, Params, PyTree
 # a perturbation of evolution strategies, moves it by so much more.
 LINEAR_SCALE = 6
 SHORT_ROW = 32  # coordinates
+NO_VALUE = (
+    "the feature 'loss' is in the config, but update() was not told the loss whose gradient it "
+    "got: write optimizer.update(gradient, state, params, value=loss)"
+)
 
 
 class ScaleByMetaOptimizerState(NamedTuple):
@@ -81,11 +85,13 @@ def scale_by_meta_optimizer(
         sharded; a CPU interprets it, slowly.
 
     Returns:
-      An optax transformation. Its ``update`` takes ``params`` where the features look at them.
+      An optax transformation. Its ``update`` takes ``params`` where the features look at them, and
+      ``value``, the loss whose gradient it is given, where they look at that.
 
     Raises:
       ValueError: shapes of ``meta_params`` that do not fit ``config``, a norm that it does not
-        know, another kernel, or, from ``update``, no ``params`` where they are needed.
+        know, another kernel, or, from ``update``, no ``params`` or no ``value`` where they are
+        needed.
 
     Example:
       >>> config = MetaOptimizerConfig()
@@ -120,16 +126,19 @@ def scale_by_meta_optimizer(
         )
         return ScaleByMetaOptimizerState(jnp.zeros([], jnp.int32), mu, nu, memory)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, value=None, **extra_args):
         del extra_args
         if params is None and config.needs_params:
             raise ValueError(NO_PARAMS_MSG)
+        if value is None and "loss" in config.features:
+            raise ValueError(NO_VALUE)
         gradient = jax.tree.map(_float32, jax.lax.stop_gradient(updates))
         leaves, treedef = jax.tree.flatten(gradient)
         positions = layer_positions(gradient)
         parameters = _leaves(params, treedef)
         reach, pulls = inputs.look_at_jacobian(config.features, aim, parameters, positions)
-        situation = inputs.situation(config.features, aim, state.count, reach)
+        loss = None if value is None else _float32(jax.lax.stop_gradient(jnp.asarray(value)))
+        situation = inputs.situation(config.features, aim, state.count, reach, loss, positions)
         tensors = zip(parameters, leaves, positions, strict=True)
         shared = [inputs.share(config.features, *tensor, situation) for tensor in tensors]
         offsets: list[Any] = [
@@ -191,7 +200,9 @@ def init_meta_params(config: MetaOptimizerConfig, key: Key) -> MetaParams:
     tensor = inputs.Coordinates(w, w, w, w, w, position)
     memory = tuple(Memory(jnp.zeros((n, 1, 1)), jnp.zeros((n, 1, 1))) for n in config.hidden)
     lstm, linear = _networks(config)
-    situation = inputs.situation(config.features, Aim(), jnp.zeros([], jnp.int32), jnp.ones([]))
+    situation = inputs.situation(
+        config.features, Aim(), jnp.zeros([], jnp.int32), jnp.ones([]), jnp.ones([]), [position]
+    )
     shared = inputs.share(config.features, w, w, position, situation)
     own = inputs.see(config.features, tensor)
     meta_params = {"lstm": lstm.init(key, own, shared, memory)["params"]}
