@@ -165,6 +165,7 @@ def verdict(records: list[dict]) -> list[dict]:
         plain = robust("adam, no decay", "clean")
         strongest = robust("adam", "clean", "noisy")
         adversarial = robust("adam", "adversarial")
+        gained = adversarial - plain  # a ResNet's may be none: there is no way to go a share of
         ours = dict.fromkeys(
             r["inner_gradient"] for r in here if r["optimizer"] == META_OPTIMIZER
         )  # in order
@@ -176,7 +177,7 @@ def verdict(records: list[dict]) -> list[dict]:
                     "inner_gradient": inner_gradient,
                     "robust_accuracy": reached,
                     "over_decay_and_noise": reached - strongest,
-                    "share_of_the_way": (reached - plain) / (adversarial - plain),
+                    "share_of_the_way": (reached - plain) / gained if gained > 0 else None,
                     "clean_over_adversarial": clean(META_OPTIMIZER, inner_gradient)
                     - clean("adam", "adversarial"),
                 }

@@ -422,8 +422,12 @@ def test_the_loss_comes_through_what_optax_wraps_around():
         assert_close(update(wrapped, wrapped.init(PARAMS), np.float32(3.0)), high)
 
 
-def test_without_the_loss_it_says_how_to_pass_it():
+def test_a_loss_that_is_not_told_is_a_typical_one():
+    # log(l / (0.3 log k) + 0.1) is zero at l = 0.27 log k, with k the outputs of the last layer.
     config = MetaOptimizerConfig((2,), ("adam", "loss"))
     ours = scale_by_meta_optimizer(random_meta_params(config), config)
-    with pytest.raises(ValueError, match=r"'loss'.*value=loss"):
-        ours.update(at(GRADIENTS_T, 0), ours.init(PARAMS), PARAMS)
+    gradient, state = at(GRADIENTS_T, 0), ours.init(PARAMS)
+    typical = np.float32(0.27 * np.log(max(2, PARAMS["layer_0"]["kernel"].shape[-1])))
+    told, _ = ours.update(gradient, state, PARAMS, value=typical)
+    not_told, _ = ours.update(gradient, state, PARAMS)
+    assert_close(not_told, told, rtol=1e-4)

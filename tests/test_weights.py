@@ -153,6 +153,7 @@ def test_with_x64_parameters_of_32_bits_keep_their_state(name):
         optimizer = advmeta.load_meta_optimizer(name, advmeta.Aim(0.1, "linf", horizon))
         with jax.enable_x64(True):
             state = optimizer.init(kernels)
-            updates, after = jax.eval_shape(optimizer.update, kernels, state, kernels)
+            update = functools.partial(optimizer.update, value=jnp.float64(1.0))
+            updates, after = jax.eval_shape(update, kernels, state, kernels)
         types = [jax.tree.map(lambda x: x.dtype, tree) for tree in (kernels, state, updates, after)]
         assert types[:2] == types[2:]

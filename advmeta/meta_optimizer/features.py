@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from advmeta.meta_optimizer.layers import LayerPosition
 from advmeta.types import Array, Norm
 
-# What every optax update is given, and the loss, which it is given where it is asked for.
+# What every optax update is given, and the loss, which it is given where a loop passes it on.
 DEFAULT_FEATURES = ("log_sign", "adam", "parameter", "jacobian", "layer", "aim", "reach", "time")
 FEATURES = (*DEFAULT_FEATURES, "loss")
 TYPICAL_EPSILON = {"linf": 0.1, "l2": 1.0}
@@ -129,8 +129,13 @@ def reach_features(reach: Array) -> Array:
     return jnp.log(reach + 1e-2)[None] / 2
 
 
-def loss_features(loss: Array, positions: list[LayerPosition]) -> Array:
-    """Log of the loss in units of 0.3 times that of a guess, ``log k`` of k outputs. [1]"""
+def loss_features(loss: Array | None, positions: list[LayerPosition]) -> Array:
+    """Log of the loss in units of 0.3 times that of a guess, ``log k`` of k outputs. [1]
+
+    Zero where it is not told. (Zeroed in the weights that see it, it moved what they do little.)
+    """
+    if loss is None:
+        return jnp.zeros(1, jnp.float32)
     outputs = [p.fan_out for p in positions if p.last and not p.bias]
     guess = math.log(max([2, *outputs]))
     return jnp.log(loss / (TYPICAL_LOSS * guess) + 0.1)[None]

@@ -1,7 +1,8 @@
 """One step of `lstm.LSTM` as a Pallas kernel for GPUs: features and memory are read once.
 
 XLA writes the gates of every coordinate to memory and reads them again; here a block of coordinates
-goes through all layers in registers. Nobody has measured it on a GPU yet.
+goes through all layers in registers. On an H200 that gained nothing: with one layer of 8 units it
+is as fast as XLA, with two of 20 it is 22 times slower (docs/measured.md, On a GPU).
 """
 
 import functools

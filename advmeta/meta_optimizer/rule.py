@@ -40,7 +40,7 @@ class MetaOptimizerConfig:
         convolutions and normalisations of the model), "aim" (norm and epsilon), "reach" (how far
         the adversary moves the logits), "time" (steps taken and left), "loss" (whose gradient it
         is). "parameter", "jacobian", "layer", "reach" and regularisation need ``params`` in
-        ``update``, "loss" needs ``value``. By default all but "loss".
+        ``update``; "loss" looks at ``value``. By default all but "loss".
       learning_rate: eta, the step of the nominal Adam that the LSTM modulates. With the feature
         "time" it is warmed up over 40 steps, or a fifth of the horizon, and falls to zero as a half
         cosine; where the horizon is not known it stays at a third.
