@@ -130,10 +130,7 @@ def reach_features(reach: Array) -> Array:
 
 
 def loss_features(loss: Array | None, positions: list[LayerPosition]) -> Array:
-    """Log of the loss in units of 0.3 times that of a guess, ``log k`` of k outputs. [1]
-
-    Zero where it is not told. (Zeroed in the weights that see it, it moved what they do little.)
-    """
+    """Log of the loss over 0.3 times that of a guess, ``log k`` of k outputs; 0: not known. [1]"""
     if loss is None:
         return jnp.zeros(1, jnp.float32)
     outputs = [p.fan_out for p in positions if p.last and not p.bias]
