@@ -222,9 +222,9 @@ def test_updates_are_bounded_whatever_the_meta_params():
 
 
 def test_unknown_feature_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"\['loss'\] cannot be used.*'log_sign', 'adam', "
+    with pytest.raises(ValueError, match=r"\['colour'\] cannot be used.*'log_sign', 'adam', "
                                          r"'parameter', 'jacobian', 'layer'"):  # fmt: skip
-        MetaOptimizerConfig(features=("adam", "loss"))
+        MetaOptimizerConfig(features=("adam", "colour"))
     with pytest.raises(ValueError, match="there must be at least one"):
         MetaOptimizerConfig(features=())
 
