@@ -42,19 +42,6 @@ def test_layer_features_of_a_kernel():
     np.testing.assert_allclose(column, np.array([[[2 / s, 2 / s]]]), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("outputs", "guess"),
-    [(10, np.log(10)), (1, np.log(2)), (None, np.log(2))],  # k outputs; one is a choice of two
-)
-def test_the_loss_in_units_of_that_of_a_guess(outputs, guess):
-    # log(l / (0.3 log k) + 0.1): 0.3 of a guess's is log 1.1, and a loss of zero is log 0.1.
-    kernels = [] if outputs is None else [jnp.ones((4, 7)), jnp.ones((7, outputs))]
-    positions = layer_positions(kernels)
-    for share, expected in ((0.3, 1.1), (1.0, 1 / 0.3 + 0.1), (0.0, 0.1)):
-        found = features.loss_features(jnp.float32(share * guess), positions)
-        np.testing.assert_allclose(found, [np.log(expected)], rtol=1e-5)
-
-
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 2, 3, 4)])
 def test_features_broadcast_to_tensors_of_any_rank(shape):
     parameter = jnp.ones(shape)

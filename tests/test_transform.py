@@ -399,35 +399,3 @@ def test_weights_that_do_not_fit_are_named():
     extra = random_meta_params(config) | {"more": np.zeros(3)}
     with pytest.raises(ValueError, match=r"\['more'\] has shape \(3,\).* needs None"):
         scale_by_meta_optimizer(extra, config)
-
-
-def test_the_loss_comes_through_what_optax_wraps_around():
-    config = MetaOptimizerConfig((2,), ("adam", "loss"))
-    ours = scale_by_meta_optimizer(random_meta_params(config), config)
-    gradient = at(GRADIENTS_T, 0)
-    state = ours.init(PARAMS)
-
-    def update(optimizer, state, loss):
-        return jax.jit(optimizer.update)(gradient, state, PARAMS, value=loss)[0]
-
-    low, high = (update(ours, state, np.float32(loss)) for loss in (0.1, 3.0))
-    differences = jax.tree.map(lambda a, b: abs(a - b).max(), low, high)
-    assert min(jax.tree.leaves(differences)) > 1e-4
-    for wrapped in (
-        optax.chain(optax.clip_by_global_norm(1e6), ours),
-        optax.MultiSteps(ours, 1),
-        optax.apply_if_finite(ours, 2),
-        optax.masked(ours, jax.tree.map(lambda _: True, PARAMS)),
-    ):
-        assert_close(update(wrapped, wrapped.init(PARAMS), np.float32(3.0)), high)
-
-
-def test_a_loss_that_is_not_told_is_a_typical_one():
-    # log(l / (0.3 log k) + 0.1) is zero at l = 0.27 log k, with k the outputs of the last layer.
-    config = MetaOptimizerConfig((2,), ("adam", "loss"))
-    ours = scale_by_meta_optimizer(random_meta_params(config), config)
-    gradient, state = at(GRADIENTS_T, 0), ours.init(PARAMS)
-    typical = np.float32(0.27 * np.log(max(2, PARAMS["layer_0"]["kernel"].shape[-1])))
-    told, _ = ours.update(gradient, state, PARAMS, value=typical)
-    not_told, _ = ours.update(gradient, state, PARAMS)
-    assert_close(not_told, told, rtol=1e-4)

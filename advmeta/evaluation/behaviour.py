@@ -34,6 +34,7 @@ def watched(
     optimizers: Sequence[optax.GradientTransformation],
 ) -> optax.GradientTransformationExtraArgs:
     """The first of the optimizers; its state is `Moves`, with what the others would have done."""
+    extended = [optax.with_extra_args_support(optimizer) for optimizer in optimizers]
 
     def init(params: Params) -> Moves:
         states = tuple(optimizer.init(params) for optimizer in optimizers)
@@ -42,8 +43,8 @@ def watched(
 
     def update(updates, state, params: Params = None, **extra_args):
         pairs = [
-            optax.with_extra_args_support(optimizer).update(updates, each, params, **extra_args)
-            for optimizer, each in zip(optimizers, state.states, strict=True)
+            optimizer.update(updates, each, params, **extra_args)
+            for optimizer, each in zip(extended, state.states, strict=True)
         ]
         made, states = zip(*pairs, strict=True)
         return made[0], Moves(states, params, updates, made)

@@ -130,12 +130,15 @@ def reach_features(reach: Array) -> Array:
 
 
 def loss_features(loss: Array | None, positions: list[LayerPosition]) -> Array:
-    """Log of the loss over 0.3 times that of a guess, ``log k`` of k outputs; 0: not known. [1]"""
+    """Log of the loss over 0.3 times that of a guess, ``log k`` of k outputs; 0: not known. [1]
+
+    A loss below zero counts as zero.
+    """
     if loss is None:
         return jnp.zeros(1, jnp.float32)
     outputs = [p.fan_out for p in positions if p.last and not p.bias]
     guess = math.log(max([2, *outputs]))
-    return jnp.log(loss / (TYPICAL_LOSS * guess) + 0.1)[None]
+    return jnp.log(jnp.maximum(loss, 0) / (TYPICAL_LOSS * guess) + 0.1)[None]
 
 
 def time_features(aim: Aim, count: Array) -> Array:

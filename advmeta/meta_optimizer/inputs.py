@@ -86,7 +86,7 @@ def situation(
     aim: Aim,
     count: Array,
     reach: Array,
-    loss: Any,
+    loss: Array | None,
     positions: list[LayerPosition],
 ) -> tuple[Array, ...]:
     """The features that all coordinates share, as one array [f], if any are chosen."""

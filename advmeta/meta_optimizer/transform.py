@@ -195,7 +195,7 @@ def init_meta_params(config: MetaOptimizerConfig, key: Key) -> MetaParams:
     memory = tuple(Memory(jnp.zeros((n, 1, 1)), jnp.zeros((n, 1, 1))) for n in config.hidden)
     lstm, linear = _networks(config)
     situation = inputs.situation(
-        config.features, Aim(), jnp.zeros([], jnp.int32), jnp.ones([]), jnp.ones([]), [position]
+        config.features, Aim(), jnp.zeros([], jnp.int32), jnp.ones([]), None, [position]
     )
     shared = inputs.share(config.features, w, w, position, situation)
     own = inputs.see(config.features, tensor)
