@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -333,7 +334,7 @@ def test_sharding_is_inherited_from_the_parameters():
     tests = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", SHARDING], capture_output=True, text=True, check=False,
-        env={"PYTHONPATH": f"{tests}:{tests.parent}", "PATH": ""},
+        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"},
     )  # fmt: skip
     assert done.stdout == "sharded as the parameters are\n", done.stderr
 
