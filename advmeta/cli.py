@@ -45,9 +45,9 @@ class Evaluate(Resumable):
     """Hold a meta-optimizer against tuned baselines, robust training recipes included.
 
     Writes a report. A run that was killed goes on with --resume, after the last whole column. The
-    default table, 252 models, took 39 minutes on 2 CPU cores. Where time is
-    short, --table.attack pgd leaves out AutoAttack, and --table.rows adam adversarial leaves out
-    the other rows.
+    default table took 39 minutes on 2 CPU cores before its rivals had larger grids, and takes
+    longer now. Where time is short, --table.attack pgd leaves out AutoAttack, and --table.rows adam
+    adversarial leaves out the other rows.
 
     Example: advmeta evaluate --weights runs/mine/meta_optimizer.safetensors --table.seeds 5
 
