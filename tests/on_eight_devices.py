@@ -4,12 +4,14 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.tiny import CLASSES, random_like, random_meta_params, tiny_family
 from fixtures.tiny import compile_fast as compile_fast
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_transform import OPTIMIZERS, make
 
 from advmeta import optimizees
 from advmeta.meta_loss import MetaLossConfig
@@ -126,3 +128,49 @@ def test_an_update_leaves_every_parameter_where_it_is():
     assert {name for name, _ in found} == {"all-reduce"}
     # Means of rows and columns, each of a device's part, and sums.
     assert max(math.prod(shape) for _, shape in found) <= 8
+
+
+SPEC = {"bias": P("column"), "kernel": P("row", "column"), "kernel_2": P("row", "column")}
+SHAPE = {"bias": (4,), "kernel": (8, 4), "kernel_2": (4, 2)}
+
+
+def count_sharded(tree):
+    """How many arrays the tree has; each must lie as the parameter of its name does."""
+    found = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if leaf.ndim == 0:
+            continue
+        name = path[-1].key
+        spec = tuple(leaf.sharding.spec) + (None,) * (leaf.ndim - len(leaf.sharding.spec))
+        more = leaf.ndim - len(SHAPE[name])
+        assert leaf.shape[more:] == SHAPE[name], (path, leaf.shape)
+        assert spec == (None,) * more + tuple(SPEC[name]), (path, spec)
+        found += 1
+    return found
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_sharding_is_inherited_from_the_parameters(name, axis_type):
+    mesh = jax.make_mesh((4, 2), ("row", "column"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        params = {
+            leaf: jax.device_put(jnp.ones(SHAPE[leaf]), NamedSharding(mesh, SPEC[leaf]))
+            for leaf in SPEC
+        }
+        optimizer = make(name)
+        fresh = optimizer.init(params)
+        assert count_sharded(fresh) >= 4
+        updates, state = jax.jit(optimizer.update)(params, fresh, params)
+        assert count_sharded(state) >= 4 and count_sharded(updates) == 3
+        if axis_type == AxisType.Explicit:
+            assert jax.tree.map(jax.typeof, fresh) == jax.tree.map(jax.typeof, state)
+
+
+def test_an_axis_of_one_device_and_a_layer_with_one_output_on_it():
+    mesh = jax.make_mesh((8, 1), ("row", "column"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P("row", "column"))
+        params, optimizer = {"kernel": jax.device_put(jnp.ones((8, 1)), sharding)}, make("all")
+        updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+        assert jax.typeof(updates["kernel"]) == jax.typeof(params["kernel"])

@@ -1,4 +1,4 @@
-"""A meta-training on several devices; what needs them is in `on_eight_devices.py`."""
+"""Meta-trainings and updates on several devices; what needs them is in `on_eight_devices.py`."""
 
 import os
 import subprocess

@@ -2,10 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -275,68 +271,6 @@ PROPERTIES = [
 @pytest.mark.parametrize("holds", PROPERTIES, ids=lambda f: f.__name__)
 def test_optax_property(holds, name):
     holds(name)
-
-
-SHARDING = """
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)
-import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_transform import OPTIMIZERS, make
-
-SPEC = {"bias": ("column",), "kernel": ("row", "column"), "kernel_2": ("row", "column")}
-SHAPE = {"bias": (4,), "kernel": (8, 4), "kernel_2": (4, 2)}
-
-def check(state):
-    found = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if leaf.ndim == 0:
-            continue
-        name = path[-1].key
-        spec = tuple(leaf.sharding.spec) + (None,) * (leaf.ndim - len(leaf.sharding.spec))
-        more = leaf.ndim - len(SHAPE[name])
-        assert leaf.shape[more:] == SHAPE[name], (path, leaf.shape)
-        assert spec == (None,) * more + SPEC[name], (path, spec)
-        found += 1
-    return found
-
-for axis_type in (AxisType.Auto, AxisType.Explicit):
-    mesh = jax.make_mesh((4, 2), ("row", "column"), axis_types=(axis_type,) * 2)
-    with jax.set_mesh(mesh):
-        params = {
-            name: jax.device_put(jax.numpy.ones(SHAPE[name]),
-                                 NamedSharding(mesh, PartitionSpec(*SPEC[name])))
-            for name in SPEC
-        }
-        for name in OPTIMIZERS:
-            optimizer = make(name)
-            state = optimizer.init(params)
-            assert check(state) >= 4
-            updates, state = jax.jit(optimizer.update)(params, state, params)
-            assert check(state) >= 4 and check(updates) == 3
-            if axis_type == AxisType.Explicit:
-                types = jax.tree.map(jax.typeof, optimizer.init(params))
-                assert types == jax.tree.map(jax.typeof, state), name
-
-# An axis of one device, and a layer with one output on it.
-mesh = jax.make_mesh((8, 1), ("row", "column"), axis_types=(AxisType.Explicit,) * 2)
-with jax.set_mesh(mesh):
-    sharding = NamedSharding(mesh, PartitionSpec("row", "column"))
-    params, optimizer = {"kernel": jax.device_put(jax.numpy.ones((8, 1)), sharding)}, make("all")
-    updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
-    assert jax.typeof(updates["kernel"]) == jax.typeof(params["kernel"])
-print("sharded as the parameters are")
-"""
-
-
-def test_sharding_is_inherited_from_the_parameters():
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDING], capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"},
-    )  # fmt: skip
-    assert done.stdout == "sharded as the parameters are\n", done.stderr
 
 
 @pytest.mark.parametrize("name", CONFIGS)
