@@ -20,12 +20,12 @@ from advmeta import config_files, environment, processes, report
 from advmeta.attack_command import Attack, attack
 from advmeta.evaluation.baselines import ROWS
 from advmeta.evaluation.transfer_config import TransferConfig
-from advmeta.meta_optimizer.pretrained import load_meta_optimizer
+from advmeta.meta_optimizer.pretrained import load_meta_optimizer, tell_apart
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
 from advmeta.patch_command import Patch, patch_files
 from advmeta.run_folder import Resumable, new_folder, open_folder, replace_file
 from advmeta.table_command import make_table
-from advmeta.training_command import MetaTrain, Training, take_part, train_and_save
+from advmeta.training_command import WEIGHTS, MetaTrain, Training, take_part, train_and_save
 
 _ACCELERATOR_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "libtpu")
 
@@ -153,7 +153,8 @@ def _run(command: Run, line: str, console: Console) -> pathlib.Path:
         optimizer = functools.partial(
             scale_by_meta_optimizer, meta_params, command.training.meta_optimizer
         )
-        make_table(command.table, optimizer, command.seed, folder, console)
+        weights = tell_apart(folder / WEIGHTS)
+        make_table(command.table, optimizer, command.seed, folder, console, weights=weights)
         report.write(folder)
     return folder
 
@@ -175,12 +176,16 @@ def _evaluate(command: Evaluate, line: str, console: Console) -> pathlib.Path:
     load_meta_optimizer(command.weights)  # an error comes before a folder is made for nothing
     optimizer = functools.partial(load_meta_optimizer, command.weights)
     with open_folder("evaluate", command) as (folder, _):
-        make_table(command.table, optimizer, command.seed, folder, console, check=True)
+        digest = tell_apart(command.weights)
+        make_table(
+            command.table, optimizer, command.seed, folder, console, weights=digest, check=True
+        )
         card = {
             "name": folder.name,
             "command": line,
             "seed": command.seed,
             "weights": command.weights,
+            "weights_digest": digest,
             **environment.describe(),
         }
         replace_file(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())

@@ -1,5 +1,6 @@
 """The transfer table of `advmeta run` and `advmeta evaluate`, column by column into a folder."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -21,7 +22,7 @@ from advmeta.evaluation.transfer_config import TransferConfig
 from advmeta.evaluation.tuning import Entry
 from advmeta.evaluation.twins import twins
 from advmeta.progress import TableProgress
-from advmeta.run_folder import replace_file
+from advmeta.run_folder import differences, replace_file
 from advmeta.tasks import Task, aim_at
 from advmeta.types import Key, PyTree
 
@@ -35,14 +36,23 @@ def make_table(
     folder: pathlib.Path,
     console: Console,
     *,
+    weights: str,
     check: bool = False,
 ) -> None:
     """Makes what is missing of the table in the folder, and prints it.
 
     The folder gets results.json, which grows by a column at a time. Before its first column it gets
-    curves.json, and of the meta-optimizer's first model behaviour.json, twins.json and, if
-    ``check``, sanity.json.
+    table.json, what the columns are made of, curves.json, and of the meta-optimizer's first model
+    behaviour.json, twins.json and, if ``check``, sanity.json.
+
+    Args:
+      weights: tells ``optimizer`` from others, as `weights_digest` does.
+
+    Raises:
+      ValueError: the folder holds columns of another config, other weights or another seed.
     """
+    made_of = {"weights": weights, "seed": seed, "table": dataclasses.asdict(config)}
+    _check_same(folder, json.loads(json.dumps(made_of)))
     results, key = folder / "results.json", jax.random.key(seed)
     models: list[tuple[Task, PyTree]] = []
     records = json.loads(results.read_text()) if results.exists() else []
@@ -65,6 +75,20 @@ def make_table(
     console.print(report.table(records))
     if check:
         console.print(report.checks(json.loads((folder / "sanity.json").read_text())))
+
+
+def _check_same(folder: pathlib.Path, made_of: dict) -> None:
+    """Raises a ValueError if there are columns of something else; with none, says what is begun."""
+    path = folder / "table.json"
+    if not (folder / "results.json").exists():
+        replace_file(path, (json.dumps(made_of, indent=1) + "\n").encode())
+        return
+    was = json.loads(path.read_text()) if path.exists() else dict.fromkeys(made_of)
+    if found := differences(was, made_of):
+        raise ValueError(
+            f"{folder} holds columns made with {'; '.join(found)}: give the same to go on with "
+            "them, or another folder"
+        )
 
 
 def _look_closely(

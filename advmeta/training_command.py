@@ -23,7 +23,7 @@ from advmeta.progress import MetaTrainingProgress
 from advmeta.run_folder import Resumable, differences, replace_file
 from advmeta.types import MetaParams, PyTree
 
-_WEIGHTS = "meta_optimizer.safetensors"
+WEIGHTS = "meta_optimizer.safetensors"
 _FINISHED = "finished"
 
 
@@ -86,7 +86,7 @@ def train_and_save(
     finished = (folder / "card.json").exists()
     processes.said_by_first(_FINISHED if finished else "")
     if finished:
-        return load_weights(folder / _WEIGHTS)[0]
+        return load_weights(folder / WEIGHTS)[0]
     metrics: list[dict] = []
     made_by = {"seed": command.seed, "training": json.loads(config_files.to_json(config))}
     about = {"name": folder.name, "command": line, **made_by, **environment.describe()}
@@ -114,7 +114,7 @@ def train_and_save(
                 console.print(
                     f"{signal.Signals(came).name}: stopped after outer step "
                     f"{stopped['stopped_after']}; --resume --output {folder} goes on from there"
-                    + (f". The best weights so far: {folder / _WEIGHTS}" if kept else ""),
+                    + (f". The best weights so far: {folder / WEIGHTS}" if kept else ""),
                     markup=False,
                 )
                 raise SystemExit(128 + came)
@@ -136,7 +136,7 @@ def _save_best(
         return None
     selected_at = max(judged, key=lambda record: record["robust_accuracy"])
     card = {**about, "seconds": metrics[-1]["seconds"], "selected_at": selected_at}
-    save_weights(folder / _WEIGHTS, state.best, config.meta_optimizer, **card)
+    save_weights(folder / WEIGHTS, state.best, config.meta_optimizer, **card)
     return card
 
 

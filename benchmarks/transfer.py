@@ -7,9 +7,9 @@ weights that are shipped; no meta-training and no selection touched them, and Fa
 neither. There are weights for clean examples, for noisy ones, and for adversarial ones, which are
 remembered from an example's last gradient or made with one more (FGSM-RS); beside the first two
 stands the rule that they modulate, without them, whose constants were chosen on draws of the
-training parts of digits and CIFAR-10. An interrupted table goes on after its last whole column. The
-npz file holds 5,000 training and 1,000 test images of CIFAR-10, as `advmeta.data.load` reads them;
-without it that pair is left out.
+training parts of digits and CIFAR-10. An interrupted table goes on after its last whole column.
+The npz file holds 5,000 training and 1,000 test images of CIFAR-10, as `advmeta.data.load` reads
+them; without it that pair is left out.
 
     python -m benchmarks.transfer --render runs/transfer/records.jsonl
 
@@ -32,7 +32,7 @@ import advmeta
 from advmeta import environment
 from advmeta.evaluation.transfer import META_OPTIMIZER, MakeMetaOptimizer
 from advmeta.evaluation.transfer_config import Cell, TransferConfig
-from advmeta.meta_optimizer.pretrained import weights_path
+from advmeta.meta_optimizer.pretrained import tell_apart, weights_path
 from advmeta.report.style import COLORS, RC
 from advmeta.table_command import make_table
 
@@ -193,7 +193,7 @@ def main() -> None:
     for gradient, name in OURS.items():
         parser.add_argument(f"--{gradient}", default=name, help=f"weights for {gradient} gradients")
     parser.add_argument("--rows", nargs="*", default=ROWS)
-    parser.add_argument("--settings", nargs="+", help="only the pairs of these names")
+    parser.add_argument("--settings", nargs="+", help="only these pairs, with keys of their own")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/transfer"))
     parser.add_argument("--render", type=pathlib.Path, help="records, one a line; runs nothing")
     arguments = parser.parse_args()
@@ -232,23 +232,30 @@ def measure(arguments: argparse.Namespace) -> None:
             rows=tuple(arguments.rows) if gradient == "clean" else (), inner_gradients=(gradient,),
         )  # fmt: skip
         optimizer = functools.partial(advmeta.load_meta_optimizer, name)
-        records += _table(config, optimizer, folder / gradient, check=gradient == "clean")
+        records += _table(
+            config, optimizer, folder / gradient, tell_apart(name), gradient == "clean"
+        )
         if gradient not in WITH_NOMINAL:
             continue
         optimizer = functools.partial(untrained, name)
         nominal = dataclasses.replace(config, rows=())
-        nominal = _table(nominal, optimizer, folder / f"{gradient}-nominal")
+        nominal = _table(nominal, optimizer, folder / f"{gradient}-nominal", tell_apart(name))
         records += [record | {"optimizer": NOMINAL} for record in nominal]
-    card = {"weights": weights, **environment.describe()}
+    digests = {gradient: tell_apart(name) for gradient, name in weights.items()}
+    card = {"weights": weights, "weights_digests": digests, **environment.describe()}
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     write(records, folder)
 
 
 def _table(
-    config: TransferConfig, optimizer: MakeMetaOptimizer, folder: pathlib.Path, check: bool = False
+    config: TransferConfig,
+    optimizer: MakeMetaOptimizer,
+    folder: pathlib.Path,
+    weights: str,
+    check: bool = False,
 ) -> list:
     folder.mkdir(parents=True, exist_ok=True)
-    make_table(config, optimizer, 0, folder, Console(), check=check)
+    make_table(config, optimizer, 0, folder, Console(), weights=weights, check=check)
     return json.loads((folder / "results.json").read_text())
 
 

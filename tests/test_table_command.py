@@ -84,7 +84,9 @@ def test_a_table_goes_on_after_its_last_whole_column(tmp_path, faked, monkeypatc
     def make(folder, cells=fake_cells):
         folder.mkdir(exist_ok=True)
         monkeypatch.setattr(table_command, "transfer_cells", cells)
-        make_table(config, lambda aim: optax.sgd(1.0), 0, folder, console, check=True)
+        make_table(
+            config, lambda aim: optax.sgd(1.0), 0, folder, console, weights="sgd", check=True
+        )
 
     def killed(*args, first, **options):
         begun.append(first)
@@ -99,10 +101,48 @@ def test_a_table_goes_on_after_its_last_whole_column(tmp_path, faked, monkeypatc
     make(tmp_path / "killed", killed)
     assert begun == [0, killed_at]
     names = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert names == {"results.json", "curves.json", "behaviour.json", "twins.json", "sanity.json"}
+    assert names == {
+        "results.json", "table.json", "curves.json", "behaviour.json", "twins.json", "sanity.json",
+    }  # fmt: skip
     for name in names:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert len(faked) == 2  # the first model is looked at once a run
+
+
+def test_columns_of_something_else_are_not_gone_on_with(tmp_path, faked, monkeypatch):
+    config, console = TransferConfig(rows=("adam",), seeds=2), Console(file=io.StringIO())
+
+    def make(config=config, seed=0, weights="first"):
+        make_table(config, lambda aim: optax.sgd(1.0), seed, tmp_path, console, weights=weights)
+
+    make()
+    whole = (tmp_path / "results.json").read_bytes()
+    other = TransferConfig(rows=("adam",), seeds=2, cells=(Cell("new", "digits", "linear", 0.1),))
+    with pytest.raises(ValueError, match=r"weights='first' \(now: 'second'\)"):
+        make(weights="second")
+    with pytest.raises(ValueError, match=r"table\.cells="):
+        make(other)
+    with pytest.raises(ValueError, match=r"seed=0 \(now: 1\)"):
+        make(seed=1)
+    (tmp_path / "table.json").unlink()  # nobody knows what these columns are made of
+    with pytest.raises(ValueError, match="weights=None"):
+        make()
+    assert (tmp_path / "results.json").read_bytes() == whole
+
+
+def test_weights_that_changed_under_an_evaluation_are_refused(tmp_path, faked, capsys):
+    config = advmeta.MetaOptimizerConfig((2,), ("adam",))
+    path, folder = tmp_path / "weights.safetensors", tmp_path / "run"
+    argv = ["evaluate", "--weights", str(path), "--output", str(folder), "--table.rows", "adam"]
+    for seed in (0, 1):
+        phi = advmeta.init_meta_params(config, jax.random.key(seed))
+        advmeta.save_weights(path, phi, config)
+        if seed == 0:
+            cli.main([*argv, "--table.seeds", "2"])
+    with pytest.raises(SystemExit):
+        cli.main([*argv, "--table.seeds", "2", "--resume"])
+    error = " ".join(capsys.readouterr().err.split())
+    assert "holds columns made with weights=" in error
 
 
 @pytest.mark.slow

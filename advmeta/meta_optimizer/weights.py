@@ -1,6 +1,7 @@
 """Meta-parameters on disk: a safetensors file with a JSON card beside it."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -59,6 +60,18 @@ def load_weights(
     meta_params = load_params(path)
     check_meta_params(meta_params, config)
     return meta_params, config, card
+
+
+def weights_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of what `load_weights` makes an optimizer of, in hexadecimal digits.
+
+    Raises:
+      ValueError: as `load_weights`.
+    """
+    _, config, _ = load_weights(path)
+    sha = hashlib.sha256(pathlib.Path(path).read_bytes())
+    sha.update(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    return sha.hexdigest()
 
 
 def _read_card(path: pathlib.Path) -> dict[str, Any]:

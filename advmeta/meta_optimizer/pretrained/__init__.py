@@ -12,7 +12,7 @@ from jax.core import Tracer
 from advmeta.imports import import_function, is_import_name
 from advmeta.meta_optimizer.features import Aim
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
-from advmeta.meta_optimizer.weights import load_weights
+from advmeta.meta_optimizer.weights import load_weights, weights_digest
 
 _FOLDER = pathlib.Path(__file__).parent
 
@@ -58,6 +58,13 @@ def load_meta_optimizer(
     for note in outside_of(card, name_or_path, aim):
         warnings.warn(note, stacklevel=2)
     return scale_by_meta_optimizer(meta_params, config, aim)
+
+
+def tell_apart(name_or_path: str | os.PathLike[str]) -> str:
+    """The `weights_digest` of what `load_meta_optimizer` would load; of a function its name."""
+    if is_import_name(str(name_or_path)):
+        return str(name_or_path)
+    return weights_digest(weights_path(name_or_path))
 
 
 def load_card(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
