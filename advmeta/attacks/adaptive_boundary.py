@@ -110,7 +110,7 @@ def _fab(
     def look(x):
         """Whether each point is adversarial, its margin, and the logits."""
         logits = logits_fn(x)
-        return (logits.argmax(axis=-1) == y) == targeted, losses.margin(logits, y), logits
+        return losses.is_right(logits, y) == targeted, losses.margin(logits, y), logits
 
     def is_done(found):
         return found.distance <= jnp.where(stop_at_epsilon, epsilon, 0.0)

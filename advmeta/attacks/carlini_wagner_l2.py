@@ -143,7 +143,7 @@ def _carlini_wagner(
         """Whether each example is adversarial with confidence, how far it is off, its margin."""
         margin = losses.margin(logits, y)
         ahead = -margin if targeted else margin
-        is_adversarial = (logits.argmax(axis=-1) == y) == targeted
+        is_adversarial = losses.is_right(logits, y) == targeted
         # With confidence 0 the argmax decides ties, as everywhere else.
         succeeds = is_adversarial & ((ahead > confidence) | (confidence <= 0))
         return succeeds, jnp.maximum(confidence - ahead, 0.0), margin

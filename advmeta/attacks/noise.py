@@ -122,7 +122,7 @@ def _noise(
     def sample(best, index):
         x_s = draw(fold(keys, index))
         logits = logits_fn(x_s)
-        is_adversarial = (logits.argmax(axis=-1) == y) == targeted
+        is_adversarial = losses.is_right(logits, y) == targeted
         new = AttackResult(x_s, is_adversarial, sign * losses.margin(logits, y))
         return better(new, best), None
 

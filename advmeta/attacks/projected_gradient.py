@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
+from advmeta.attacks.losses import is_right
 from advmeta.attacks.threat_model import ThreatModel, example_keys
 from advmeta.attacks.validation import AttackResult, as_partial, check_attack_inputs
 from advmeta.types import Array, Key, LogitsFn
@@ -157,7 +158,7 @@ def ascend(
         def total_loss(x_t):
             logits = logits_fn(x_t)
             losses = sign * loss(logits, y)
-            return losses.sum(), (losses, (logits.argmax(axis=-1) == y) == targeted)
+            return losses.sum(), (losses, is_right(logits, y) == targeted)
 
         return jax.grad(total_loss, has_aux=True)(x_t)
 

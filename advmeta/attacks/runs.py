@@ -182,7 +182,7 @@ def _evaluator(logits_fn, objective, y, targeted, eot_samples, keys) -> Callable
         def total(x):
             logits = model(x)
             loss = objective(logits)
-            return loss.sum(), (loss, (logits.argmax(axis=-1) == y) == targeted)
+            return loss.sum(), (loss, losses.is_right(logits, y) == targeted)
 
         gradient, (loss, is_adversarial) = jax.grad(total, has_aux=True)(x)
         return Evaluation(loss, gradient, is_adversarial)

@@ -122,7 +122,7 @@ def _square(
         logits = logits_fn(images.reshape(x.shape))
         # The reference stops where the margin is 0 or beyond; at 0 exactly the prediction may still
         # be y, and then this goes on.
-        return _Found(sign * losses.margin(logits, y), (logits.argmax(axis=-1) == y) == targeted)
+        return _Found(sign * losses.margin(logits, y), losses.is_right(logits, y) == targeted)
 
     search = _search_linf if threat_model.norm == "linf" else _search_bumps
     keys = example_keys(key, x)
@@ -181,7 +181,7 @@ def _search_linf(query, x, threat_model, keys, sides, grid: Grid, start, done):
         return jnp.where(square_windows.unpack(moved, grid), ends, start)
 
     def turn(state: _LinfState) -> _LinfState:
-        ahead = state.t[:, None] + jnp.arange(LOOKAHEAD)
+        ahead = state.t[:, None] + jnp.arange(LOOKAHEAD, dtype=state.t.dtype)
         window = square_windows.windows(draws, sides, ahead, grid)
         fill = window.signs[:, :, None, :, None]
         change = window.bits & ((state.signs[:, None] ^ fill) | ~state.moved[:, None])

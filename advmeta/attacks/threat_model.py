@@ -109,11 +109,19 @@ class ThreatModel:
         The fastest would be the largest entry alone. But one pixel is soon at its bound, and all
         further steps would be lost on it: hence the sparse steps of Tramer and Boneh 2019,
         Adversarial Training and Robustness for Multiple Perturbations. arXiv:1904.13000
+
+        Where the gradient is NaN, as of a square root of 0, x stays as it is.
         """
+        gradient = jnp.nan_to_num(gradient)
         if self.norm == "linf":
             return jnp.sign(gradient)
         if self.norm == "l1":
             return l1_ball.sparse_sign(gradient, STEEPEST_SHARE)
+        # Squares of what a saturated model has for a gradient, 1e-30, are 0. A power of two
+        # changes no digit of the rest.
+        axes = tuple(range(1, gradient.ndim))
+        _, exponent = jnp.frexp(jnp.abs(gradient).max(axis=axes, keepdims=True))
+        gradient = jnp.ldexp(gradient, -jnp.clip(exponent, -126, 126))
         return gradient / jnp.maximum(_l2(gradient), 1e-12)
 
     def random_start(self, keys: Key, x: Array) -> Array:

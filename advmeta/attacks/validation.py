@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.tree_util import Partial
 
 from advmeta.attacks.threat_model import ThreatModel
-from advmeta.types import Array, Batch, LogitsFn
+from advmeta.types import Array, Batch, Key, LogitsFn
 
 
 @jax.tree_util.register_static
@@ -33,9 +33,17 @@ def as_partial(logits_fn: LogitsFn) -> Partial:
     """Makes a function a pytree, so that it passes through `jax.jit` as an argument.
 
     Attacks are compiled once a function object. ``Partial(apply, params)`` is compiled once for
-    all values of ``params``.
+    all values of ``params``. Its logits are in x's dtype: attacks compare losses, and in half
+    precision many are equal.
     """
-    return logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
+    model = logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
+    return model if model.func is _like_x else Partial(_like_x, model)
+
+
+def _like_x(model: Partial, x: Array, *key: Key) -> Array:
+    logits = model(x, *key)
+    # What is no array `check_attack_inputs` refuses.
+    return logits.astype(x.dtype) if hasattr(logits, "astype") else logits
 
 
 def check_attack_inputs(logits_fn: LogitsFn, x, y, threat_model: ThreatModel) -> Batch:

@@ -181,7 +181,7 @@ def _two_views(logits_fn: LogitsFn, version: str, key: Key) -> tuple[Partial, Pa
     model = as_partial(logits_fn)
     needed = 2 if version == "rand" else 1
     try:
-        inspect.signature(model).bind(*range(needed))
+        inspect.signature(logits_fn).bind(*range(needed))
     except TypeError as error:
         raise ValueError(
             f"logits_fn cannot be called with {needed} argument(s) ({error}): version='rand' is "
