@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from rich.console import Console
 
 from advmeta import report
+from advmeta.attacks.losses import margin
 from advmeta.evaluation.behaviour import behaviour
 from advmeta.evaluation.sanity import Check, sanity_checks
 from advmeta.evaluation.transfer import (
@@ -122,6 +123,6 @@ def _check(config: TransferConfig, task: Task, params: PyTree, key: Key) -> list
     ]
     return sanity_checks(
         models[0], *task.held_out, threat_model=task.threat_model, key=key,
-        attack_steps=config.attack_steps, restarts=config.restarts,
+        attack_steps=config.attack_steps, restarts=config.restarts, loss=margin,
         surrogate=models[1] if len(models) > 1 else None,
     )  # fmt: skip

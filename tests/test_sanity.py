@@ -11,6 +11,7 @@ from fixtures.tiny import compile_fast as compile_fast
 from jax.tree_util import Partial
 
 import advmeta
+from advmeta.attacks import losses
 from advmeta.evaluation.sanity import checks as judging
 from advmeta.evaluation.sanity import probes
 from advmeta.evaluation.sanity.attempts import misjudged_planes
@@ -75,6 +76,9 @@ def test_saturated_logits_are_caught(weights):
     made = check(Partial(scaled, weights, 1e4))
     assert {"useful_gradients", "unbounded_attack", "loss_rises"} <= failed(made)
     assert "scale the logits down" in made["useful_gradients"].note
+    # The margin has the gradients that the cross-entropy lacks: PGD on it is another attack.
+    made = check(Partial(scaled, weights, 1e4), loss=losses.margin)
+    assert made["unbounded_attack"].passed and made["loss_rises"].passed
 
 
 def test_a_quantised_input_is_caught(weights):
@@ -166,7 +170,9 @@ def test_nothing_passes_but_what_is_at_most_the_threshold(value, passed):
 @pytest.mark.parametrize("norm, epsilon", [("linf", 0.1), ("l2", 0.5), ("l1", 0.5)])
 def test_pgd_knows_which_side_of_a_plane_it_can_reach(norm, epsilon):
     ball = advmeta.ThreatModel(norm, epsilon)
-    assert misjudged_planes((6, 4, 4, 1), ball, KEY, attack_steps=20, restarts=1) == 0
+    loss = losses.cross_entropy
+    planes = misjudged_planes((6, 4, 4, 1), ball, KEY, attack_steps=20, restarts=1, loss=loss)
+    assert planes == 0
 
 
 def test_epsilons_go_with_their_examples_and_those_come_from_all_over():

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import advmeta
 from advmeta import cli, table_command
+from advmeta.attacks import losses
 from advmeta.evaluation.transfer import transfer_cells
 from advmeta.evaluation.transfer_config import Cell, TransferConfig
 from advmeta.evaluation.tuning import Entry
@@ -66,7 +67,8 @@ def test_the_first_cell_s_model_is_checked_with_the_table_s_attack(tmp_path, fak
     assert (checked, surrogate) == (0, 1)  # not 5, which is adam's, nor 10, of the second cell
     assert options.pop("key") == jax.random.key(3)
     ball = advmeta.ThreatModel("linf", 0.1)
-    assert options == {"threat_model": ball, "attack_steps": 7, "restarts": 2}
+    expected = {"threat_model": ball, "attack_steps": 7, "restarts": 2, "loss": losses.margin}
+    assert options == expected
     (record,) = json.loads((tmp_path / "sanity.json").read_text())
     assert record["name"] == "stable_loss" and record["passed"] is False
     assert "FAIL" in capsys.readouterr().out

@@ -43,7 +43,7 @@ class Attempts(NamedTuple):
 
 def attempt_all(
     logits_fn: Partial, x: Array, y: Array, threat_model: ThreatModel, key: Key,
-    *, attack_steps: int, restarts: int, surrogate: Partial | None,
+    *, attack_steps: int, restarts: int, loss: losses.Loss, surrogate: Partial | None,
 ) -> Attempts:  # fmt: skip
     """Runs every attack on checked arguments."""
     keys = jax.random.split(key, 7)
@@ -51,7 +51,7 @@ def attempt_all(
     def run_pgd(model: Partial, key: Key) -> Attempt:
         return Attempt(*ascend(
             model, x, y, threat_model, key, None, None, steps=attack_steps, restarts=restarts,
-            targeted=False, loss=losses.cross_entropy,
+            targeted=False, loss=loss,
         ))  # fmt: skip
 
     def run(attack, key: Key, **options) -> AttackResult:
@@ -64,7 +64,7 @@ def attempt_all(
     made = Attempts(
         attack=run_pgd(logits_fn, keys[0]),
         again=run_pgd(logits_fn, keys[1]),
-        ladder=_ladder(logits_fn, x, y, threat_model, keys[2], attack_steps),
+        ladder=_ladder(logits_fn, x, y, threat_model, keys[2], attack_steps, loss),
         targeted=run(apgd, keys[3], loss="dlr", target_ranks=TARGET_RANKS, steps=APGD_STEPS),
         square=run(square, keys[4], queries=QUERIES),
         noise=run(uniform_noise, keys[5], samples=SAMPLES),
@@ -74,8 +74,9 @@ def attempt_all(
 
 
 def _ladder(
-    logits_fn: Partial, x: Array, y: Array, threat_model: ThreatModel, key: Key, steps: int
-) -> History:
+    logits_fn: Partial, x: Array, y: Array, threat_model: ThreatModel, key: Key, steps: int,
+    loss: losses.Loss,
+) -> History:  # fmt: skip
     """PGD from x itself at several epsilons, all at once: five times the examples, one program."""
     n = len(x)
     width = threat_model.widest(x[0].size)
@@ -88,14 +89,15 @@ def _ladder(
     ball = dataclasses.replace(threat_model, epsilon=radii.reshape(-1))
     _, history = ascend(
         logits_fn, x, y, ball, key, lengths.reshape(-1), x,
-        steps=2 * steps, restarts=1, targeted=False, loss=losses.cross_entropy,
+        steps=2 * steps, restarts=1, targeted=False, loss=loss,
     )  # fmt: skip
     return History(*(np.asarray(v)[0].reshape(-1, len(radii), n).swapaxes(0, 1) for v in history))
 
 
 def misjudged_planes(
-    shape: tuple[int, ...], threat_model: ThreatModel, key: Key, attack_steps: int, restarts: int
-) -> float:
+    shape: tuple[int, ...], threat_model: ThreatModel, key: Key, attack_steps: int, restarts: int,
+    loss: losses.Loss,
+) -> float:  # fmt: skip
     """How wrong the attack is about a linear model that it should know all about, 0 to 1.
 
     Examples lie from the plane of two classes as far as 0.8 and 1.2 epsilon, in turns, on the line
@@ -123,7 +125,7 @@ def misjudged_planes(
     plane = Partial(_plane, normal / np.abs(normal).sum(), grey)
     result, _ = ascend(
         plane, jnp.asarray(x), jnp.zeros(n, jnp.int32), ball, attack_key, None, None,
-        steps=attack_steps, restarts=restarts, targeted=False, loss=losses.cross_entropy,
+        steps=attack_steps, restarts=restarts, targeted=False, loss=loss,
     )  # fmt: skip
     return float((np.asarray(result.is_adversarial) != (distance < epsilon)).mean())
 

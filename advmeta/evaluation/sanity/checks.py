@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from advmeta.attacks import losses
 from advmeta.attacks.runs import check_counts
 from advmeta.attacks.threat_model import ORDERS, ThreatModel
 from advmeta.attacks.validation import as_partial, check_attack_inputs
@@ -70,6 +71,7 @@ def sanity_checks(
     key: Key,
     attack_steps: int = 40,
     restarts: int = 3,
+    loss: losses.Loss = losses.cross_entropy,
     examples: int = 128,
     surrogate: LogitsFn | None = None,
 ) -> Checks:
@@ -78,9 +80,9 @@ def sanity_checks(
     ``passed = value <= threshold``
 
     A model can seem robust because its gradients mislead attacks, or because the attack was stopped
-    too early. The 24 checks hold PGD, with the steps and restarts that robust accuracy was measured
-    with, against other losses, Square, random noise, larger epsilons, more steps and restarts, and
-    look at the model's outputs, gradients and program.
+    too early. The 24 checks hold PGD, with the steps, restarts and loss that robust accuracy was
+    measured with, against other losses, Square, random noise, larger epsilons, more steps and
+    restarts, and look at the model's outputs, gradients and program.
 
     Args:
       logits_fn: x [n, ...] -> logits [n, k].
@@ -88,7 +90,7 @@ def sanity_checks(
       y: true labels [n].
       threat_model: the ball; its epsilon may be [n].
       key: for all attacks and random directions.
-      attack_steps, restarts: of the PGD that is being checked.
+      attack_steps, restarts, loss: of the PGD that is being checked, as in `pgd`.
       examples: how many of the examples are used at most, evenly spread over x.
       surrogate: another model of the same data. What breaks it is tried on logits_fn.
 
@@ -125,10 +127,12 @@ def sanity_checks(
     attack_key, probe_key, plane_key = jax.random.split(key, 3)
     attempts = attempt_all(
         model, *batch, threat_model, attack_key, attack_steps=attack_steps, restarts=restarts,
-        surrogate=None if surrogate is None else as_partial(surrogate),
+        loss=loss, surrogate=None if surrogate is None else as_partial(surrogate),
     )  # fmt: skip
     correct = np.asarray(logits).argmax(axis=1) == np.asarray(batch.y)
-    misjudged = misjudged_planes(batch.x.shape, threat_model, plane_key, attack_steps, restarts)
+    misjudged = misjudged_planes(
+        batch.x.shape, threat_model, plane_key, attack_steps, restarts, loss
+    )
     checks = [
         *_of_the_model(model, batch, logits, threat_model, probe_key),
         *_of_the_attack(attempts, model, batch, threat_model),
