@@ -1,9 +1,11 @@
 """Which layers a tree of parameters has, and in which order they follow each other."""
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from advmeta.meta_optimizer import features
@@ -141,3 +143,51 @@ def test_attributes_are_layers_in_the_order_of_their_declaration():
         return eqx.nn.Linear(3, 3, key=jax.random.key(0))
 
     assert depths(eqx.filter(Model(linear(), linear()), eqx.is_array)) == {"wide": 0, "narrow": 1}
+
+
+@pytest.mark.parametrize("names", ["dense dense2 dense10 out", "conv conv1 conv1_b conv2"])
+def test_a_name_without_a_number_comes_before_the_same_with_one(names):
+    params = {name: jnp.zeros((4, 4)) for name in names.split()}
+    depths = dict(zip(sorted(params), (p.depth for p in layer_positions(params)), strict=True))
+    assert sorted(depths, key=depths.get) == names.split()
+
+
+def test_attributes_that_come_by_the_alphabet_follow_their_numbers():
+    @chex.dataclass
+    class Model:  # which flattens l1, l10, l2
+        l1: jax.Array
+        l2: jax.Array
+        l10: jax.Array
+
+    params = Model(**{name: jnp.zeros((4, 4)) for name in ("l1", "l2", "l10")})
+    assert [p.depth for p in layer_positions(params)] == [0, 2, 1]
+
+
+def test_scales_of_any_rank_are_no_kernels():
+    # As hk.BatchNorm has them, and eqx.nn.LayerNorm((4, 3, 3)).
+    haiku = {
+        "batch_norm": {"scale": jnp.ones((1, 1, 1, 4)), "offset": jnp.ones((1, 1, 1, 4))},
+        "conv2_d": {"w": jnp.ones((3, 3, 1, 4)), "b": jnp.ones(4)},
+        "linear": {"w": jnp.ones((4, 2)), "b": jnp.ones(2)},
+    }
+    for params, first in ((haiku, "w"), (_equinox_with_layer_norm(), "weight")):
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        positions = layer_positions(params)
+        assert all(p.normalised and p.layers == 2 for p in positions)
+        kernels = [jax.tree_util.keystr(k, simple=True, separator=".")
+                   for k, p in zip(paths, positions, strict=True) if not p.bias]  # fmt: skip
+        assert len(kernels) == 2 and all(name.endswith(first) for name in kernels)
+
+
+def _equinox_with_layer_norm():
+    class Net(eqx.Module):
+        conv: eqx.nn.Conv2d
+        norm: eqx.nn.LayerNorm
+        linear: eqx.nn.Linear
+
+    key = jax.random.key(0)
+    return eqx.filter(
+        Net(eqx.nn.Conv2d(1, 4, 3, key=key), eqx.nn.LayerNorm((4, 3, 3)),
+            eqx.nn.Linear(36, 2, key=key)),
+        eqx.is_array,
+    )  # fmt: skip

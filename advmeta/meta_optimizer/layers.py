@@ -13,7 +13,8 @@ from advmeta.types import Params
 
 # Of more layers than that no other order than that of their names is sought.
 MOST_LAYERS = 12
-_SCALES = ((DictKey("scale"),), (GetAttrKey("scale"),), (GetAttrKey("weight"),))
+_SCALES = (DictKey("scale"), GetAttrKey("scale"))
+_BIASES = (DictKey("bias"), GetAttrKey("bias"), DictKey("offset"), GetAttrKey("offset"))
 
 
 class LayerPosition(NamedTuple):
@@ -21,7 +22,7 @@ class LayerPosition(NamedTuple):
 
     first: bool
     last: bool
-    bias: bool  # by name, or of rank 1 or 0, as scales of normalisation are too
+    bias: bool  # or a scale: by name, or of rank 1 or 0
     outputs: int  # the axis of the layer's outputs; the others are inputs and places
     fan_in: int
     fan_out: int
@@ -34,7 +35,8 @@ class LayerPosition(NamedTuple):
 class _Leaf(NamedTuple):
     path: tuple
     shape: tuple[int, ...]
-    bias: bool
+    bias: bool  # or a scale
+    scale: bool
     outputs: int  # axis
 
 
@@ -44,21 +46,24 @@ def layer_positions(params: Params) -> list[LayerPosition]:
     A layer is a set of leaves with the same parent that has a kernel, a leaf of rank 2 or more;
     where a parent has several, each is a layer of its own, with the bias of the same number. A
     kernel's axes are (..., inputs, outputs), but (outputs, inputs, ...) where it is the attribute
-    ``weight`` of a module, as in Equinox. A scale is a leaf of rank 1 with the key ``scale`` (Flax,
-    Haiku) or the attribute ``scale`` or ``weight``.
+    ``weight`` of a module, as in Equinox. A scale is the key or attribute ``scale`` (Flax, Haiku),
+    of whatever rank, or an attribute ``weight`` of rank 1 or of the shape of the bias beside it.
 
     Layers follow each other as their names do, with numbers compared as numbers, and a module's
-    attributes as they were declared. Where each then does not take what the one before it gives,
-    but in another order each does, they follow in that one: "stem", "body", "head", for one.
+    attributes as they come, unless that is by the alphabet, as in Flax NNX: then as names do. Where
+    each then does not take what the one before it gives, but in another order each does, they
+    follow in that one: "stem", "body", "head", for one.
     """
-    leaves = [_leaf(path, jnp.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    found = jax.tree_util.tree_leaves_with_path(params)
+    shapes = {unboxed(path): jnp.shape(leaf) for path, leaf in found}
+    leaves = [_leaf(path, shapes) for path in shapes]
     order = _natural_order([leaf.path for leaf in leaves])
     layers = _layers(leaves, order)
     kernels = {layers[i]: leaf for i, leaf in enumerate(leaves) if not leaf.bias}
     chain = _chain([kernels[layer] for layer in sorted(kernels)])
     depths = {layer: depth for layer, depth in zip(sorted(kernels), chain, strict=True)}
     convolutional = any(len(leaf.shape) > 2 for leaf in kernels.values())
-    normalised = any(len(leaf.shape) == 1 and leaf.path[-1:] in _SCALES for leaf in leaves)
+    normalised = any(leaf.scale for leaf in leaves)
     positions = []
     for leaf, layer in zip(leaves, layers, strict=True):
         fan_out = math.prod(leaf.shape) if leaf.bias else leaf.shape[leaf.outputs]
@@ -79,12 +84,14 @@ def layer_positions(params: Params) -> list[LayerPosition]:
     return positions
 
 
-def _leaf(path: tuple, shape: tuple[int, ...]) -> _Leaf:
-    path = unboxed(path)
-    name = path[-1:]  # empty for a tree that is one array
-    bias = len(shape) < 2 or name in ((GetAttrKey("bias"),), (DictKey("bias"),))
-    outputs = 0 if bias or name == (GetAttrKey("weight"),) else len(shape) - 1
-    return _Leaf(path, shape, bias, outputs)
+def _leaf(path: tuple, shapes: dict[tuple, tuple[int, ...]]) -> _Leaf:
+    """Of a path; ``shapes`` are those of all."""
+    shape, name = shapes[path], path[-1] if path else ""  # "": the tree is one array
+    is_weight = name == GetAttrKey("weight")
+    beside = shapes.get((*path[:-1], GetAttrKey("bias")))
+    scale = name in _SCALES or (is_weight and (len(shape) == 1 or shape == beside))
+    bias = len(shape) < 2 or scale or name in _BIASES
+    return _Leaf(path, shape, bias, scale, 0 if bias or is_weight else len(shape) - 1)
 
 
 def unboxed(path: tuple) -> tuple:
@@ -94,18 +101,20 @@ def unboxed(path: tuple) -> tuple:
 
 def _natural_order(paths: list[tuple]) -> list[tuple]:
     """What sorts layer_10 after layer_2, and attributes as they come; a key for each path."""
-    first: dict[tuple, int] = {}  # of the paths that begin so
-    keys = []
-    for i, path in enumerate(paths):
-        key: list[Any] = []
+    children: dict[tuple, dict[Any, str]] = {}
+    for path in paths:
         for depth, name in enumerate(path):
-            if isinstance(name, GetAttrKey):
-                key.append((first.setdefault(path[: depth + 1], i), ""))
-            else:
-                words = re.split(r"(\d+)", jax.tree_util.keystr((name,)))
-                key.extend((int(w), "") if w.isdigit() else (-1, w) for w in words)
-        keys.append(tuple(key))
-    return keys
+            text = jax.tree_util.keystr((name,), simple=True)
+            children.setdefault(path[:depth], {})[name] = text
+
+    def key(parent: tuple, name: Any) -> tuple:
+        texts = list(children[parent].values())
+        if isinstance(name, GetAttrKey) and texts != sorted(texts):
+            return ((texts.index(children[parent][name]), ""),)
+        words = re.split(r"(\d+)", children[parent][name])
+        return tuple((int(w), "") if w.isdigit() else (-1, w) for w in words)
+
+    return [tuple(key(path[:i], name) for i, name in enumerate(path)) for path in paths]
 
 
 def _layers(leaves: list[_Leaf], order: list[tuple]) -> list[tuple]:
