@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -120,6 +120,8 @@ def _flat(params: PyTree) -> dict[str, Any]:
     for keys, leaf in flatten_dict(params, keep_empty_nodes=True).items():
         if not all(isinstance(key, str) and key and "/" not in key for key in keys):
             raise ValueError(f"the keys {keys} must be text without '/'; {advice}")
+        if leaf is empty_node:
+            raise ValueError(f"{'/'.join(keys)} is empty, which no file can hold: leave it out")
         if not isinstance(leaf, (jax.Array, np.ndarray)):
             raise ValueError(f"{'/'.join(keys)} is of type {type(leaf).__name__}; {advice}")
     return flatten_dict(params, sep="/")

@@ -169,7 +169,8 @@ def with_average(
     """
 
     def init(params: Params) -> Averaged:
-        return Averaged(optimizer.init(params), params, jnp.zeros([], jnp.int32))
+        average = jax.tree.map(_at_least_float32, params)
+        return Averaged(optimizer.init(params), average, jnp.zeros([], jnp.int32))
 
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -182,6 +183,11 @@ def with_average(
         return updates, Averaged(inner, average, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _at_least_float32(p: Array) -> Array:
+    """A mean in 16 bits soon takes in nothing more."""
+    return p.astype(jnp.promote_types(p.dtype, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "steps"))
@@ -201,6 +207,7 @@ def _patch(
         state, kept, taken = carry
         state, _ = unroll(task, averaging, state, key, steps=steps // checks)
         average = state.opt_state.average
+        average = jax.tree.map(lambda a, p: a.astype(p.dtype), average, state.params)
         # A drop of exactly what is allowed is allowed: shares of a count are not exact.
         good = before - clean_accuracy(average) <= allowed + 1e-6
         good = good & jnp.isfinite(optax.tree.norm(average))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
 from advmeta.attacks.validation import check_arrays, check_attack_inputs
 from advmeta.inner_gradients import (
@@ -58,11 +59,15 @@ def init_inner(
     """
     x, _ = check_arrays(*task.train)
     params = task.optimizee.init(key, x.shape[1:])
-    params = jax.tree.map(lambda p: p * task.initial_scale if p.ndim > 1 else p, params)
+    params = jax.tree.map(lambda p: _scale(p, task.initial_scale) if p.ndim > 1 else p, params)
     for part in (task.train, task.held_out):
         check_attack_inputs(Partial(task.optimizee.apply, params), *part, task.threat_model)
     gradient_state = stateful(inner_gradient).init(task)
     return InnerState(params, optimizer.init(params), jnp.zeros([], jnp.int32), gradient_state)
+
+
+def _scale(p: Array, factor: ArrayLike) -> Array:
+    return (p * factor).astype(p.dtype)
 
 
 def unroll(

@@ -34,7 +34,7 @@ def test_round_trip_is_exact_whatever_the_dtype_and_the_layout(tmp_path):
         ({}, "must hold something in a dict"),
         ({"layer": [jnp.zeros(2)]}, "layer is of type list"),
         ({"layer": {"kernel": 0.5}}, "layer/kernel is of type float"),
-        ({"w": jnp.zeros(2), "empty": {}}, "empty is of type"),
+        ({"w": jnp.zeros(2), "empty": {}}, "empty is empty, which no file can hold"),
         ({"a/b": jnp.zeros(2)}, "must be text without '/'"),
         ({0: jnp.zeros(2)}, "must be text without '/'"),
     ],

@@ -115,7 +115,8 @@ def noisy(task: Task, params: Params, key: Key) -> tuple[Array, Params]:
     draw_key, noise_key = jax.random.split(key)
     batch = draw(task.train, draw_key, task.batch_size)
     sigma = task.noise * task.threat_model.l2_radius(batch.x[0].size)
-    batch = batch._replace(x=batch.x + sigma * seen_noise(task, params, batch.x, noise_key))
+    noise = sigma * seen_noise(task, params, batch.x, noise_key)
+    batch = batch._replace(x=(batch.x + noise).astype(batch.x.dtype))
     return jax.value_and_grad(mean_cross_entropy, argnums=1)(task, params, batch)
 
 

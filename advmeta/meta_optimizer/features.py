@@ -8,6 +8,8 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from advmeta.meta_optimizer.layers import LayerPosition
@@ -34,6 +36,19 @@ class Aim(NamedTuple):
     epsilon: ArrayLike = 0.1
     norm: Norm = "linf"
     horizon: ArrayLike | None = None
+
+
+def check_aim(aim: Aim) -> None:
+    """Raises a ValueError for a norm that is unknown or an epsilon that is no radius.
+
+    Where epsilon is traced it cannot be looked at.
+    """
+    check_norm(aim.norm)
+    if isinstance(aim.epsilon, Tracer):
+        return
+    epsilon = np.asarray(aim.epsilon)
+    if not (np.isfinite(epsilon).all() and (epsilon >= 0).all()):
+        raise ValueError(f"Aim(epsilon={aim.epsilon!r}) must be finite and at least 0")
 
 
 def log_sign(gradient: Array, p: float = 10.0) -> Array:

@@ -79,7 +79,11 @@ class Linear(nn.Module):
             product(Kernel(self.outputs, zeros, name=f"shared_{group}")(value.shape[0]), value)
             for group, value in enumerate(shared)
         ]
-        return sum(products[1:], start=products[0]) if products else jnp.zeros(self.outputs)
+        return (
+            sum(products[1:], start=products[0])
+            if products
+            else jnp.zeros(self.outputs, jnp.float32)
+        )
 
 
 class Kernel(nn.Module):

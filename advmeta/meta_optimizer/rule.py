@@ -118,6 +118,11 @@ def regularise(
     return list(map(regularise, gradients, parameters, offsets))
 
 
+def _join(beta: float, moment: Array, new: Array) -> Array:
+    """In the moment's dtype: what a reach in double precision touches is in double precision."""
+    return (beta * moment + (1 - beta) * new).astype(moment.dtype)
+
+
 def adam(
     config: MetaOptimizerConfig,
     moments: tuple[PyTree, PyTree],
@@ -137,8 +142,8 @@ def adam(
     if "adam" not in config.features:
         return moments, None, None
     mu, nu = moments
-    mu = jax.tree.map(lambda m, g: B1 * m + (1 - B1) * g, mu, regularised)
-    nu = jax.tree.map(lambda v, g: B2 * v + (1 - B2) * jnp.square(g), nu, regularised)
+    mu = jax.tree.map(lambda m, g: _join(B1, m, g), mu, regularised)
+    nu = jax.tree.map(lambda v, g: _join(B2, v, jnp.square(g)), nu, regularised)
     p = config.adaptivity
 
     def inverse_root(v: Array) -> Array:

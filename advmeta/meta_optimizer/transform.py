@@ -106,8 +106,8 @@ def scale_by_meta_optimizer(
       et al. 2015 (arXiv:1412.6572).
     """
     check_meta_params(meta_params, config)
-    if "aim" in config.features:
-        features.check_norm(aim.norm)
+    if {"aim", "jacobian", "reach"} & set(config.features):
+        features.check_aim(aim)
     if kernel not in ("xla", "pallas"):
         raise ValueError(f"kernel={kernel!r} is unknown: write 'xla' or 'pallas'")
     lstm, linear = _networks(config)
@@ -126,6 +126,7 @@ def scale_by_meta_optimizer(
         del extra_args
         if params is None and config.needs_params:
             raise ValueError(NO_PARAMS_MSG)
+        updates = jax.tree.map(_real, updates)
         gradient = jax.tree.map(_float32, jax.lax.stop_gradient(updates))
         leaves, treedef = jax.tree.flatten(gradient)
         positions = layer_positions(gradient)
@@ -202,7 +203,7 @@ def init_meta_params(config: MetaOptimizerConfig, key: Key) -> MetaParams:
     meta_params = {"lstm": lstm.init(key, own, shared, memory)["params"]}
     if shared:
         meta_params["linear"] = linear.init(key, shared)["params"]
-    return meta_params
+    return optax.tree.cast(meta_params, jnp.float32)  # with x64, too
 
 
 def _networks(config: MetaOptimizerConfig) -> tuple[LSTM, Linear]:
@@ -233,6 +234,17 @@ def check_meta_params(meta_params: MetaParams, config: MetaOptimizerConfig) -> N
             )
 
 
+def _real(x: Any) -> Array:
+    """A number as an array, a shape as it is; raises a ValueError if it is complex."""
+    x = x if hasattr(x, "dtype") else jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"a tensor of shape {x.shape} is {x.dtype}: to optimize complex parameters, write "
+            "optax.contrib.split_real_and_imaginary(scale_by_meta_optimizer(...))"
+        )
+    return x
+
+
 def _float32(x: Array) -> Array:
     """At least float32: a logarithm or a squared gradient in 16 bits loses what matters."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -253,6 +265,7 @@ def _zeros(params: Params, *leading: int, dtype: Any = None) -> PyTree:
     """Zeros of leading axes and each parameter's shape, sharded as the parameter is."""
 
     def zeros(p):
+        p = _real(p)
         plain = jnp.zeros_like(p, dtype=dtype or jnp.promote_types(p.dtype, jnp.float32))
         return jnp.broadcast_to(plain, leading + p.shape)
 
@@ -262,7 +275,7 @@ def _zeros(params: Params, *leading: int, dtype: Any = None) -> PyTree:
 def _leaves(tree: PyTree, treedef) -> list:
     if tree is None:
         return [None] * treedef.num_leaves
-    return [_float32(leaf) for leaf in treedef.flatten_up_to(tree)]
+    return [_float32(_real(leaf)) for leaf in treedef.flatten_up_to(tree)]
 
 
 def _split_memory(memory: tuple[Memory, ...], treedef) -> list[tuple[Memory, ...]]:
