@@ -20,7 +20,13 @@ from advmeta import config_files, environment, processes, report
 from advmeta.attack_command import Attack, attack
 from advmeta.evaluation.baselines import ROWS
 from advmeta.evaluation.transfer_config import TransferConfig
-from advmeta.meta_optimizer.pretrained import load_meta_optimizer, tell_apart
+from advmeta.imports import is_import_name
+from advmeta.meta_optimizer.pretrained import (
+    load_card,
+    load_meta_optimizer,
+    tell_apart,
+    untested_on,
+)
 from advmeta.meta_optimizer.transform import scale_by_meta_optimizer
 from advmeta.patch_command import Patch, patch_files
 from advmeta.run_folder import Resumable, new_folder, open_folder, replace_file
@@ -176,6 +182,8 @@ def _evaluate(command: Evaluate, line: str, console: Console) -> pathlib.Path:
     load_meta_optimizer(command.weights)  # an error comes before a folder is made for nothing
     optimizer = functools.partial(load_meta_optimizer, command.weights)
     with open_folder("evaluate", command) as (folder, _):
+        for note in _notes(command):
+            console.print(note)
         digest = tell_apart(command.weights)
         make_table(
             command.table, optimizer, command.seed, folder, console, weights=digest, check=True
@@ -191,6 +199,13 @@ def _evaluate(command: Evaluate, line: str, console: Console) -> pathlib.Path:
         replace_file(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
         report.write(folder)
     return folder
+
+
+def _notes(command: Evaluate) -> list[str]:
+    if is_import_name(command.weights):
+        return []
+    gradients = command.table.inner_gradients
+    return untested_on(load_card(command.weights), command.weights, gradients)
 
 
 def _report(command: Report, line: str, console: Console) -> pathlib.Path:

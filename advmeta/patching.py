@@ -18,7 +18,12 @@ from advmeta.attacks.validation import check_attack_inputs
 from advmeta.held_out import Accuracy, held_out_accuracy
 from advmeta.imports import is_import_name
 from advmeta.meta_optimizer.layers import unboxed
-from advmeta.meta_optimizer.pretrained import load_card, load_meta_optimizer, outside_of
+from advmeta.meta_optimizer.pretrained import (
+    load_card,
+    load_meta_optimizer,
+    outside_of,
+    untested_on,
+)
 from advmeta.notebook import html_table
 from advmeta.tasks import Task, aim_at, take
 from advmeta.types import Array, Batch, Key, Optimizee, Params, PyTree
@@ -250,6 +255,7 @@ def _resolve(
         steps = int(card["training"]["horizon"][1]) if steps is None else steps
         aim = aim_at(threat_model, steps)
         notes = outside_of(card, meta_optimizer, aim)
+        notes += untested_on(card, meta_optimizer, ["clean"])
         with warnings.catch_warnings():  # the report says it
             warnings.simplefilter("ignore", UserWarning)
             optimizer = load_meta_optimizer(meta_optimizer, aim)

@@ -90,7 +90,9 @@ def test_with_x64_images_of_32_bits_are_attacked(attack):
 
 def test_an_initial_scale_does_not_change_the_precision():
     batch, ball = advmeta.Batch(X, Y), advmeta.ThreatModel("linf", 0.1)
-    task = advmeta.Task(batch, batch, ball, HALF, batch_size=8, initial_scale=jnp.float32(1.5), noise=0.1)
+    task = advmeta.Task(
+        batch, batch, ball, HALF, batch_size=8, initial_scale=jnp.float32(1.5), noise=0.1
+    )
     state = init_inner(task, optax.sgd(0.1), KEY)
     assert {p.dtype for p in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
     assert np.isfinite(inner_gradients.noisy(task, state.params, KEY)[0])

@@ -77,6 +77,13 @@ def test_the_first_cell_s_model_is_checked_with_the_table_s_attack(tmp_path, fak
     assert card["seed"] == 3 and card["weights"] == "mixture" and "jax" in card["versions"]
 
 
+def test_a_table_of_gradients_that_the_weights_are_not_for_says_so(tmp_path, faked, capsys):
+    argv = ["evaluate", "--weights", "mixture-noisy", "--output", str(tmp_path)]
+    cli.main([*argv, "--table.seeds", "2", "--table.rows", "adam"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "mixture-noisy is for noisy gradients, and was not tested on clean ones" in said
+
+
 @pytest.mark.parametrize("killed_at", [0, 1, 2])
 def test_a_table_goes_on_after_its_last_whole_column(tmp_path, faked, monkeypatch, killed_at):
     """A kill while cell ``killed_at`` is made; 0: before anything was written."""

@@ -143,6 +143,15 @@ def test_shipped_weights_load_and_have_whole_cards():
         assert path.stat().st_size < 200_000
 
 
+def test_what_is_said_of_gradients_that_weights_are_not_for():
+    (note,) = pretrained.untested_on(
+        pretrained.load_card("mixture-adversarial"), "mine", ["clean", "fgsm-rs"]
+    )
+    assert note.startswith("mine is for remembered and fgsm-rs gradients, and was not tested on cl")
+    assert pretrained.untested_on(pretrained.load_card("mixture"), "mixture", ["clean"]) == []
+    assert pretrained.untested_on({}, "mine", ["clean"]) == []  # of one's own
+
+
 @pytest.mark.parametrize("name", advmeta.list_pretrained())
 def test_with_x64_parameters_of_32_bits_keep_their_state(name):
     # As a scan's carry has to, in a program whose other parts need 64 bits.

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,24 @@ def outside_of(card: dict[str, Any], name: object, aim: Aim) -> list[str]:
     if not shortest <= np.asarray(aim.horizon) <= longest:
         notes.append(f"{name} was trained for {shortest} to {longest} steps")
     return notes
+
+
+def untested_on(card: dict[str, Any], name: object, inner_gradients: Iterable[str]) -> list[str]:
+    """What a user should know who gives a meta-optimizer these gradients.
+
+    Args:
+      card: as from `load_card`; one without "tested" says nothing.
+      name: of the meta-optimizer, for people.
+      inner_gradients: their names, as "clean".
+    """
+    known = list(dict.fromkeys(test["inner_gradient"] for test in card.get("tested", [])))
+    others = [gradient for gradient in inner_gradients if gradient not in known]
+    if not known or not others:
+        return []
+    return [
+        f"{name} is for {' and '.join(known)} gradients, and was not tested on "
+        f"{' and '.join(others)} ones: it may hardly regularise there"
+    ]
 
 
 def _radii(task: dict[str, Any]) -> tuple[str, float, float]:
