@@ -32,8 +32,7 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(("name", "norm"), [*((name, "linf") for name in ATTACKS), ("apgd", "l2")])
 def test_a_model_of_half_precision_is_attacked_as_another(name, norm):
     ball = advmeta.ThreatModel(norm, 0.3)
 
@@ -46,7 +45,7 @@ def test_a_model_of_half_precision_is_attacked_as_another(name, norm):
     np.testing.assert_array_equal(result.is_adversarial, moved)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", ["pgd", "apgd", "square"])
 def test_an_example_whose_logits_become_nan_is_misclassified_whatever_its_label(name):
     def brittle(x):
         off = jnp.abs(x - X).max(axis=(1, 2, 3)) > 1e-6
@@ -55,7 +54,7 @@ def test_an_example_whose_logits_become_nan_is_misclassified_whatever_its_label(
 
     zeros, ball = jnp.zeros(len(X), int), advmeta.ThreatModel("linf", 0.1)
     result = ATTACKS[name](brittle, X, zeros, threat_model=ball, key=KEY)
-    if name in ("pgd", "square"):  # which leave x without a gradient
+    if name != "apgd":  # which does not leave x without a gradient
         assert result.is_adversarial.all()
     np.testing.assert_array_equal(
         result.is_adversarial, jnp.isnan(brittle(result.x_adv)).any(axis=1)
