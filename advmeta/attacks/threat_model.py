@@ -121,7 +121,8 @@ class ThreatModel:
         # changes no digit of the rest.
         axes = tuple(range(1, gradient.ndim))
         _, exponent = jnp.frexp(jnp.abs(gradient).max(axis=axes, keepdims=True))
-        gradient = jnp.ldexp(gradient, -jnp.clip(exponent, -126, 126))
+        one = jnp.ones(exponent.shape, gradient.dtype)
+        gradient *= jnp.ldexp(one, -jnp.clip(exponent, -126, 126))
         return gradient / jnp.maximum(_l2(gradient), 1e-12)
 
     def random_start(self, keys: Key, x: Array) -> Array:
