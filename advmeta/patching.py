@@ -24,6 +24,7 @@ from advmeta.meta_optimizer.pretrained import (
     outside_of,
     untested_on,
 )
+from advmeta.meta_optimizer.transform import at_least_float32
 from advmeta.notebook import html_table
 from advmeta.tasks import Task, aim_at, take
 from advmeta.types import Array, Batch, Key, Optimizee, Params, PyTree
@@ -174,7 +175,7 @@ def with_average(
     """
 
     def init(params: Params) -> Averaged:
-        average = jax.tree.map(_at_least_float32, params)
+        average = jax.tree.map(at_least_float32, params)  # in 16 bits it soon takes in nothing more
         return Averaged(optimizer.init(params), average, jnp.zeros([], jnp.int32))
 
     optimizer = optax.with_extra_args_support(optimizer)
@@ -188,11 +189,6 @@ def with_average(
         return updates, Averaged(inner, average, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _at_least_float32(p: Array) -> Array:
-    """A mean in 16 bits soon takes in nothing more."""
-    return p.astype(jnp.promote_types(p.dtype, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "steps"))
@@ -211,8 +207,7 @@ def _patch(
     def piece(carry, _):
         state, kept, taken = carry
         state, _ = unroll(task, averaging, state, key, steps=steps // checks)
-        average = state.opt_state.average
-        average = jax.tree.map(lambda a, p: a.astype(p.dtype), average, state.params)
+        average = optax.tree.cast_like(state.opt_state.average, state.params)
         # A drop of exactly what is allowed is allowed: shares of a count are not exact.
         good = before - clean_accuracy(average) <= allowed + 1e-6
         good = good & jnp.isfinite(optax.tree.norm(average))

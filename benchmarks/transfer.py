@@ -4,7 +4,8 @@
 
 The pairs of data set and architecture below were written down before the meta-training of the
 weights that are shipped; no meta-training and no selection touched them, and Fashion-MNIST is in
-neither. There are weights for clean examples, for noisy ones, and for adversarial ones, which are
+neither. (What earlier weights had here on CIFAR-10 had a say in `mixture-adversarial`.)
+There are weights for clean examples, for noisy ones, and for adversarial ones, which are
 remembered from an example's last gradient or made with one more (FGSM-RS); beside the first two
 stands the rule that they modulate, without them, whose constants were chosen on draws of the
 training parts of digits and CIFAR-10. An interrupted table goes on after its last whole column.

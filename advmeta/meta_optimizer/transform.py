@@ -127,7 +127,7 @@ def scale_by_meta_optimizer(
         if params is None and config.needs_params:
             raise ValueError(NO_PARAMS_MSG)
         updates = jax.tree.map(_real, updates)
-        gradient = jax.tree.map(_float32, jax.lax.stop_gradient(updates))
+        gradient = jax.tree.map(at_least_float32, jax.lax.stop_gradient(updates))
         leaves, treedef = jax.tree.flatten(gradient)
         positions = layer_positions(gradient)
         parameters = _leaves(params, treedef)
@@ -171,7 +171,7 @@ def scale_by_meta_optimizer(
         pace: Array,
         strength: Array,
     ):
-        own, wide = inputs.see(config.features, tensor), jax.tree.map(_float32, memory)
+        own, wide = inputs.see(config.features, tensor), jax.tree.map(at_least_float32, memory)
         if kernel == "pallas" and tensor.gradient.size:  # no grid without a block
             readout, updated = fused.apply(weights, own, shared, wide)
         else:
@@ -245,7 +245,7 @@ def _real(x: Any) -> Array:
     return x
 
 
-def _float32(x: Array) -> Array:
+def at_least_float32(x: Array) -> Array:
     """At least float32: a logarithm or a squared gradient in 16 bits loses what matters."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -275,7 +275,7 @@ def _zeros(params: Params, *leading: int, dtype: Any = None) -> PyTree:
 def _leaves(tree: PyTree, treedef) -> list:
     if tree is None:
         return [None] * treedef.num_leaves
-    return [_float32(_real(leaf)) for leaf in treedef.flatten_up_to(tree)]
+    return [at_least_float32(_real(leaf)) for leaf in treedef.flatten_up_to(tree)]
 
 
 def _split_memory(memory: tuple[Memory, ...], treedef) -> list[tuple[Memory, ...]]:
